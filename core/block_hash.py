@@ -1,0 +1,47 @@
+"""Chained block hashes: the name of a KV block is the hash of everything that determines its content.
+
+``h(i) = sha256(h(i-1) || token ids of block i)``, with ``h(-1) = sha256(salt || fingerprint)``. Two equal
+hashes therefore mean equal tokens from position 0 on, under one model and layout; SHA-256 makes a
+chance or forged collision infeasible, so one prompt can never be handed another's KV.
+Source: vLLM's prefix-caching design document for the chaining; FIPS 180-4 for SHA-256.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from hashlib import sha256
+from typing import NewType
+
+BlockHash = NewType("BlockHash", bytes)
+"""32 bytes."""
+
+
+def root_hash(salt: bytes = b"", fingerprint: bytes = b"") -> BlockHash:
+    """What the first block's hash is chained to."""
+    return BlockHash(sha256(len(salt).to_bytes(4, "big") + salt + fingerprint).digest())
+
+
+def next_block_hash(parent: BlockHash, token_ids: Sequence[int]) -> BlockHash:
+    """Hash of one block, full or partial, whose predecessor is `parent`."""
+    return BlockHash(sha256(parent + array("I", token_ids).tobytes()).digest())
+
+
+def chain_hashes(
+    token_ids: Sequence[int], block_size: int, root: BlockHash, *, known: Sequence[BlockHash] = ()
+) -> list[BlockHash]:
+    """Hashes of all full blocks of `token_ids`; those in `known` are taken as given.
+
+    Returns ``len(token_ids) // block_size`` hashes.
+    """
+    hashes = list(known)
+    parent = hashes[-1] if hashes else root
+    for start in range(len(hashes) * block_size, len(token_ids) - block_size + 1, block_size):
+        parent = next_block_hash(parent, token_ids[start : start + block_size])
+        hashes.append(parent)
+    return hashes
+
+
+def sequence_digest(token_ids: Sequence[int], root: BlockHash) -> BlockHash:
+    """One hash over a whole token sequence: what a handoff carries to prove that both nodes mean the same prompt."""
+    return next_block_hash(root, token_ids)

@@ -1,0 +1,234 @@
+"""What routers and nodes say to each other over `Attach`, as plain values.
+
+A router sends commands, a node reports. Both name an attempt by `AttemptId`; a node serving several
+routers keeps them apart by the router's epoch (together: `TransferId`). Each command that makes a node
+hold KV is answered by exactly one *terminal* report, after which the node holds nothing of that attempt:
+`AttemptRefused`, `AttemptFinished`, `AttemptFailed` or `KVReleased`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from kvrelay.core.ids import AttemptId, NodeId
+from kvrelay.core.kv import KVFingerprint
+from kvrelay.core.request import FinishReason, TokenLogprobs, TokenRequest
+
+
+class Role(StrEnum):
+    """What a node does."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True, slots=True)
+class NodeDescription:
+    """Who a node is; sent first on every `Attach`.
+
+    `incarnation` is drawn anew when the process starts. `transfer_address` is where prefill nodes push KV
+    to (empty on a prefill node). `tokenizer_digest` names its tokenizer bundle, empty if it has none.
+    """
+
+    node_id: NodeId
+    incarnation: int
+    role: Role
+    model: str
+    engine: str
+    fingerprint: KVFingerprint
+    vocab_size: int
+    max_model_len: int
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    eos_token_ids: tuple[int, ...] = ()
+    transfer_address: str = ""
+    transport: str = ""
+    tokenizer_digest: str = ""
+    host: str = ""
+    pid: int = 0
+    version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """A router's first frame. The node releases what it still holds of an earlier stream of this epoch,
+    because a router counts a node as lost when its stream ends."""
+
+    router_id: str
+    router_epoch: int
+    heartbeat_s: float
+    lease_s: float
+    wants_tokenizer: bool = False
+
+
+# ---- commands: router -> node ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class StartPrefill:
+    """Compute the KV, push it to `decode_address` while it is computed, draw the first token."""
+
+    attempt: AttemptId
+    request: TokenRequest
+    decode_address: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReserveDecode:
+    """Take blocks for this sequence, expect its KV, then decode."""
+
+    attempt: AttemptId
+    request: TokenRequest
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseKV:
+    """Stop, free everything, answer with `KVReleased` (also when nothing is held)."""
+
+    attempt: AttemptId
+
+
+Command = StartPrefill | ReserveDecode | ReleaseKV
+
+
+# ---- reports: node -> router -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """Decode node: blocks are taken; the first `num_cached_tokens` are here already."""
+
+    attempt: AttemptId
+    num_cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillFinished:
+    """Prefill node: the first token is out (in this frame's batch); its KV is held until the handoff ends."""
+
+    attempt: AttemptId
+    num_cached_tokens: int
+    queue_s: float
+    compute_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffVerified:
+    """Decode node: the whole KV has arrived and been verified; decoding starts."""
+
+    attempt: AttemptId
+    num_bytes: int
+    num_messages: int
+    seconds: float
+    transport: str
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRefused:
+    """Terminal: there is no room, or the node drains; nothing was taken."""
+
+    attempt: AttemptId
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptFinished:
+    """Terminal: the last token is out (in this frame's batch) and the KV is freed."""
+
+    attempt: AttemptId
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptFailed:
+    """Terminal: the engine or the handoff failed; the KV is freed."""
+
+    attempt: AttemptId
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class KVReleased:
+    """Terminal: answer to `ReleaseKV`; or the prefill node's hold ended because the handoff is acknowledged."""
+
+    attempt: AttemptId
+
+
+@dataclass(frozen=True, slots=True)
+class DrainStarted:
+    """The node takes no new attempts and leaves when those it has are done."""
+
+
+Report = (
+    Reserved
+    | PrefillFinished
+    | HandoffVerified
+    | AttemptRefused
+    | AttemptFinished
+    | AttemptFailed
+    | KVReleased
+    | DrainStarted
+)
+
+
+@dataclass(slots=True)
+class TokenBatch:
+    """The tokens of one engine step, in columns: entry i is `counts[i]` tokens of `attempts[i]`, the first
+    of which has output index `first_indices[i]`; `token_ids` holds all of them in a row.
+
+    `logprobs` is empty, or holds one entry per token (None where none was asked for).
+    """
+
+    attempts: Sequence[int] = ()
+    first_indices: Sequence[int] = ()
+    counts: Sequence[int] = ()
+    token_ids: Sequence[int] = ()
+    logprobs: Sequence[TokenLogprobs | None] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NodeLoad:
+    """How busy a node is: the figures of its engine, and what it holds for attempts.
+
+    ``num_held_blocks + num_cached_blocks + num_empty_blocks == num_blocks``; with no attempt live,
+    `num_held_blocks` is 0, or blocks have leaked.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_waiting_tokens: int = 0
+    num_reserved: int = 0
+    num_held_blocks: int = 0
+    num_cached_blocks: int = 0
+    num_empty_blocks: int = 0
+    num_preemptions: int = 0
+    prefix_hit_tokens: int = 0
+    prefix_query_tokens: int = 0
+    num_attempts: int = 0
+    num_open_transfers: int = 0
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that a new sequence could take."""
+        return self.num_cached_blocks + self.num_empty_blocks
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFrame:
+    """All that a node has to say at one moment: at most one frame per engine step. Empty: a heartbeat."""
+
+    tokens: TokenBatch | None = None
+    reports: tuple[Report, ...] = ()
+    load: NodeLoad | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RouterFrame:
+    """All that a router has to say at one moment. Empty: a heartbeat."""
+
+    commands: tuple[Command, ...] = field(default=())

@@ -1,0 +1,1 @@
+"""Moving KV between nodes: handshake, flow control, verification, transports."""
