@@ -15,6 +15,7 @@ from enum import StrEnum
 from kvrelay.core.ids import AttemptId, NodeId
 from kvrelay.core.kv import KVFingerprint
 from kvrelay.core.request import FinishReason, TokenLogprobs, TokenRequest
+from kvrelay.core.tokenizer_chunk import TokenizerChunk
 
 
 class Role(StrEnum):
@@ -220,11 +221,15 @@ class NodeLoad:
 
 @dataclass(frozen=True, slots=True)
 class NodeFrame:
-    """All that a node has to say at one moment: at most one frame per engine step. Empty: a heartbeat."""
+    """All that a node has to say at one moment: at most one frame per engine step. Empty: a heartbeat.
+
+    `tokenizer` is a part of its tokenizer bundle, sent after a `Welcome` that wants it.
+    """
 
     tokens: TokenBatch | None = None
     reports: tuple[Report, ...] = ()
     load: NodeLoad | None = None
+    tokenizer: TokenizerChunk | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from kvrelay.core.errors import KVRelayError
 from kvrelay.core.ids import NodeId, RequestId
 from kvrelay.core.node_messages import Command, NodeDescription, NodeLoad, Report, TokenBatch
 from kvrelay.core.request import FinishReason, TokenLogprobs, TokenRequest
+from kvrelay.core.request_report import RequestReport as RequestReport
 
 SessionId = NewType("SessionId", int)
 """A client stream of this router. A counter, never reused."""
@@ -79,9 +80,7 @@ class Ticked:
     """Time passed: deadlines and queue time-outs are checked. Sent several times a second."""
 
 
-Event = (
-    NodeAttached | NodeLost | NodeReported | RequestSubmitted | RequestCancelled | SessionClosed | Ticked
-)
+Event = NodeAttached | NodeLost | NodeReported | RequestSubmitted | RequestCancelled | SessionClosed | Ticked
 
 
 # ---- effects ---------------------------------------------------------------------------------------
@@ -107,26 +106,6 @@ class DeliverTokens:
     counts: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class RequestReport:
-    """How a request was served: the last attempt's placement and the whole request's timings, in seconds
-    on the router's clock."""
-
-    prefill_node: str
-    decode_node: str
-    num_attempts: int
-    num_prompt_tokens: int
-    num_output_tokens: int
-    num_cached_tokens: int
-    queue_s: float
-    ttft_s: float
-    total_s: float
-    kv_bytes: int
-    kv_messages: int
-    kv_seconds: float
-    kv_transport: str
 
 
 @dataclass(frozen=True, slots=True)

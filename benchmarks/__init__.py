@@ -1,0 +1,1 @@
+"""Benchmarks: each prints a figure beside what it is compared with, measured in the same run."""

@@ -1,0 +1,58 @@
+"""A router's cluster as it is shown to people and clients: snapshots, read-only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from kvrelay.core.ids import NodeId
+from kvrelay.core.node_messages import NodeLoad, Role
+
+
+@dataclass(frozen=True, slots=True)
+class NodeState:
+    """One attached node. `num_attempts` are this router's own on it; `load` is what the node said last,
+    None before its first word; `attached_s` is how long ago it said hello."""
+
+    node_id: NodeId
+    role: Role
+    model: str
+    engine: str
+    host: str
+    pid: int
+    draining: bool
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    num_attempts: int
+    load: NodeLoad | None
+    transfer_address: str
+    transport: str
+    attached_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterState:
+    """One router's view of everything. `num_requests` counts live requests by ledger state; `counters` only
+    grow; `mismatches` are the pairs that are not matched because their KV fingerprints differ, readable."""
+
+    router_id: str = ""
+    version: str = ""
+    uptime_s: float = 0.0
+    nodes: tuple[NodeState, ...] = ()
+    num_requests: Mapping[str, int] = field(default_factory=dict)
+    counters: Mapping[str, int] = field(default_factory=dict)
+    mismatches: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A model that attached nodes serve. `tokenizer_digest` is empty where no tokenizer is known."""
+
+    name: str
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    tokenizer_digest: str
+    num_prefill_nodes: int
+    num_decode_nodes: int

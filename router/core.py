@@ -1,0 +1,260 @@
+"""The router's core: events in, effects out. Synchronous and deterministic; no I/O, clock or logging.
+
+Each event is handled to its end: books first, then, if anything was freed, the queue. The effects are to
+be performed in order. The parts: `ledger` (who holds what), `lifecycle` (how requests move), `reports`
+(what nodes say), `merge` (tokens), `cluster_state`, `admission`, `placement`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import replace
+from random import Random
+
+from kvrelay.core.errors import KVRelayError
+from kvrelay.core.ids import AttemptId, RequestId
+from kvrelay.core.node_messages import TokenBatch
+from kvrelay.core.request import TokenRequest, check_fits_model
+from kvrelay.core.sampling import MAX_SEED
+from kvrelay.router.admission import AdmissionQueue, check_names, completed_reason, deadline_of, find_model
+from kvrelay.router.cluster_state import ClusterState, NodeState, description_fault
+from kvrelay.router.config import RouterCoreConfig
+from kvrelay.router.events import (
+    DeliverFailed,
+    Effect,
+    Event,
+    NodeAttached,
+    NodeLost,
+    NodeReported,
+    RequestCancelled,
+    RequestSubmitted,
+    SessionClosed,
+    Ticked,
+)
+from kvrelay.router.invariants import check_books
+from kvrelay.router.ledger import Ledger, RequestEntry
+from kvrelay.router.lifecycle import Lifecycle
+from kvrelay.router.merge import OutputMerge, batch_fault, merge_batch
+from kvrelay.router.placement import Decision, PlacementPolicy, PlacementRequest
+from kvrelay.router.reports import apply_faults, apply_loss, apply_report
+from kvrelay.router.views import ClusterStatus, Counters, cluster_status
+
+
+class RouterCore:
+    """One router's mind.
+
+    `router_epoch` names this process in transfer ids. `rng` draws seeds for requests that bring none, and
+    breaks the policy's ties. `now_s` never goes back between calls.
+    """
+
+    def __init__(
+        self, config: RouterCoreConfig, router_epoch: int, policy: PlacementPolicy, rng: Random
+    ) -> None:
+        self.config = config
+        self.router_epoch = router_epoch
+        self._policy = policy
+        self._rng = rng
+        self._cluster = ClusterState(config)
+        self._ledger = Ledger()
+        self._queue = AdmissionQueue(config)
+        self._counters = Counters()
+        self._life = Lifecycle(config, self._cluster, self._ledger, self._queue, self._counters)
+        self._decisions: OrderedDict[RequestId, Decision] = OrderedDict()
+
+    def handle(self, event: Event, now_s: float) -> list[Effect]:
+        """Take one event; returns what is to be done, in order. Mutates this core only."""
+        match event:
+            case NodeReported():
+                self._on_node_reported(event, now_s)
+            case RequestSubmitted():
+                self._on_request_submitted(event, now_s)
+            case Ticked():
+                self._on_ticked(now_s)
+            case RequestCancelled():
+                self._on_request_cancelled(event, now_s)
+            case SessionClosed():
+                self._on_session_closed(event, now_s)
+            case NodeAttached():
+                self._on_node_attached(event, now_s)
+            case NodeLost():
+                self._on_node_lost(event, now_s)
+        if self._life.has_news_for_queue:
+            self._place_queued(now_s)
+        effects, self._life.effects = self._life.effects, []
+        return effects
+
+    def status(self, now_s: float) -> ClusterStatus:
+        """A snapshot of nodes, models, requests and counters."""
+        return cluster_status(
+            self.router_epoch, self._ledger, self._cluster, self._queue, self._counters, now_s
+        )
+
+    def explain(self, request_id: RequestId) -> Decision | None:
+        """The latest placement of a request, if it is among the `num_remembered_decisions` latest."""
+        return self._decisions.get(request_id)
+
+    def check_invariants(self) -> None:
+        """Assert that all books agree. Costs time in proportion to all requests: for tests."""
+        check_books(self._ledger, self._cluster, self._queue)
+
+    # ---- requests -------------------------------------------------------------------------------
+
+    def _on_request_submitted(self, event: RequestSubmitted, now_s: float) -> None:
+        self._counters.num_submitted += 1
+        try:
+            self._admit(event, now_s)
+        except KVRelayError as error:
+            self._counters.num_refused += 1
+            self._life.effects.append(DeliverFailed(event.session, event.stream_id, event.request_id, error))
+
+    def _admit(self, event: RequestSubmitted, now_s: float) -> None:
+        """Raises the error that the caller is to get instead."""
+        check_names(event, self._ledger)
+        model = find_model(event.model, self._cluster)
+        deadline_s = deadline_of(event, self.config, now_s)
+        request = self._with_seed(event.request)
+        reason = completed_reason(request, model.eos_token_ids, model.max_sequence_tokens)
+        if reason is None:
+            check_fits_model(request, vocab_size=model.vocab_size, max_model_len=model.max_sequence_tokens)
+        entry = self._new_entry(event, request, deadline_s, now_s)
+        self._life.accept(entry, now_s)
+        if reason is not None:
+            self._life.finish(entry, reason, now_s)
+            return
+        self._place_queued(now_s)
+        if self._queue.is_over_bound:
+            limit = self.config.max_queued_requests
+            error = self._queue.overloaded(f"{limit} requests are queued already")
+            self._life.fail(entry, error, now_s)
+
+    def _new_entry(
+        self, event: RequestSubmitted, request: TokenRequest, deadline_s: float, now_s: float
+    ) -> RequestEntry:
+        return RequestEntry(
+            serial=self._ledger.next_serial(),
+            request_id=event.request_id,
+            session=event.session,
+            stream_id=event.stream_id,
+            model=event.model,
+            request=request,
+            submitted_s=now_s,
+            deadline_s=deadline_s,
+            merge=OutputMerge(
+                session=event.session,
+                stream_id=event.stream_id,
+                first_index=request.num_output_tokens,
+                max_tokens=request.sampling.max_tokens,
+                max_early_tokens=self.config.max_early_tokens,
+            ),
+        )
+
+    def _with_seed(self, request: TokenRequest) -> TokenRequest:
+        """A sampled request gets a seed once, so that every attempt draws alike."""
+        if request.sampling.is_greedy or request.sampling.seed is not None:
+            return request
+        return replace(request, sampling=replace(request.sampling, seed=self._rng.randint(0, MAX_SEED)))
+
+    def _on_request_cancelled(self, event: RequestCancelled, now_s: float) -> None:
+        entry = self._ledger.requests.get(event.request_id)
+        if entry is not None:
+            self._life.cancel(entry, now_s)
+
+    def _on_session_closed(self, event: SessionClosed, now_s: float) -> None:
+        for entry in list(self._ledger.streams.get(event.session, {}).values()):
+            self._life.abandon(entry, now_s)
+
+    def _on_ticked(self, now_s: float) -> None:
+        self._life.expire_requests(now_s)
+        self._life.expire_holds(now_s)
+        self._cluster.forget_vacant_models(self._queue.waiting, now_s)
+        # A refusal's pause may have run out: time alone can let a request start.
+        self._life.has_news_for_queue = bool(self._queue.waiting)
+
+    # ---- nodes ----------------------------------------------------------------------------------
+
+    def _on_node_attached(self, event: NodeAttached, now_s: float) -> None:
+        description = event.description
+        earlier = self._cluster.nodes.get(description.node_id)
+        if earlier is not None:
+            apply_loss(self._life, earlier, "it attached anew", now_s)
+        if description_fault(description):
+            self._counters.num_nodes_turned_away += 1
+            return
+        self._cluster.add_node(description, now_s)
+        self._life.has_news_for_queue = True
+
+    def _on_node_lost(self, event: NodeLost, now_s: float) -> None:
+        node = self._cluster.nodes.get(event.node_id)
+        if node is not None and node.description.incarnation == event.incarnation:
+            apply_loss(self._life, node, event.reason, now_s)
+
+    def _on_node_reported(self, event: NodeReported, now_s: float) -> None:
+        node = self._cluster.nodes.get(event.node_id)
+        if node is None:
+            return
+        if event.load is not None and node.record_load(event.load, now_s):
+            self._life.has_news_for_queue = True
+        if event.tokens is not None:
+            self._merge_tokens(node, event.tokens, now_s)
+        for report in event.reports:
+            apply_report(self._life, node, report, now_s)
+
+    def _merge_tokens(self, node: NodeState, batch: TokenBatch, now_s: float) -> None:
+        fault = batch_fault(batch)
+        if fault:
+            self._counters.num_faulty_frames += 1
+            faults = [
+                (AttemptId(attempt), f"a batch of tokens is unusable: {fault}") for attempt in batch.attempts
+            ]
+            apply_faults(self._life, node, faults, now_s)
+            return
+        merged = merge_batch(batch, node.in_flight, node.description.role, now_s)
+        self._counters.num_tokens_delivered += merged.num_delivered_tokens
+        self._counters.num_tokens_dropped += merged.num_dropped_tokens
+        self._life.effects.extend(out for out in merged.deliveries.values() if out.token_ids)
+        apply_faults(self._life, node, merged.faults, now_s)
+
+    # ---- the queue ------------------------------------------------------------------------------
+
+    def _place_queued(self, now_s: float) -> None:
+        """Start what can be started, in order; continuations that wait for their pause, or to avoid a node,
+        let others pass."""
+        self._life.has_news_for_queue = False
+        placed: list[RequestEntry] = []
+        for queue in self._queue.waiting.values():
+            for entry in queue.values():
+                if now_s < entry.not_before_s:
+                    continue
+                if self._place(entry, now_s):
+                    placed.append(entry)
+                elif not entry.avoided:
+                    break
+        for entry in placed:
+            self._queue.remove(entry)
+
+    def _place(self, entry: RequestEntry, now_s: float) -> bool:
+        request = self._placement_request(entry)
+        decision = self._policy.choose(request, self._cluster, now_s, self._rng)
+        if decision is None:
+            return False
+        num_blocks = self._cluster.nodes[decision.decode_node].blocks_for(request)
+        self._life.dispatch(entry, decision, num_blocks, now_s)
+        self._remember(entry.request_id, decision)
+        return True
+
+    def _placement_request(self, entry: RequestEntry) -> PlacementRequest:
+        request = entry.continuation()
+        return PlacementRequest(
+            request_id=entry.request_id,
+            model=entry.model,
+            token_ids=request.token_ids,
+            num_growth_tokens=min(request.num_remaining_tokens, self.config.growth_tokens),
+            cache_salt=request.cache_salt,
+            avoided=entry.avoided,
+        )
+
+    def _remember(self, request_id: RequestId, decision: Decision) -> None:
+        self._decisions[request_id] = decision
+        self._decisions.move_to_end(request_id)
+        while len(self._decisions) > self.config.num_remembered_decisions:
+            self._decisions.popitem(last=False)

@@ -1,0 +1,137 @@
+"""Read-only snapshots of the core, for `WatchCluster`, status and metrics."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+from kvrelay.core.node_messages import NodeDescription, NodeLoad, Role
+from kvrelay.router.admission import AdmissionQueue
+from kvrelay.router.cluster_state import ClusterState, FingerprintMismatch, ModelState, NodeState
+from kvrelay.router.ledger import Ledger, RequestState, SideState
+
+
+@dataclass(slots=True)
+class Counters:
+    """What happened since the router started. All only grow."""
+
+    num_submitted: int = 0
+    num_refused: int = 0
+    """Requests that were never queued: bad, unknown or over the bound."""
+    num_finished: int = 0
+    num_failed: int = 0
+    num_failed_by_code: Counter[str] = field(default_factory=Counter)
+    num_abandoned: int = 0
+    """Requests whose session closed."""
+    num_attempts: int = 0
+    num_continuations: int = 0
+    num_attempts_refused: int = 0
+    num_attempts_failed: int = 0
+    num_nodes_lost: int = 0
+    num_nodes_turned_away: int = 0
+    num_tokens_delivered: int = 0
+    num_tokens_dropped: int = 0
+    num_prompt_tokens: int = 0
+    num_faulty_frames: int = 0
+    num_stray_reports: int = 0
+    num_overdue_releases: int = 0
+    num_expired_holds: int = 0
+    kv_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class NodeStatus:
+    """One node as this router sees it."""
+
+    description: NodeDescription
+    load: NodeLoad | None
+    is_draining: bool
+    is_full: bool
+    num_in_flight: int
+    num_releasing: int
+    num_overdue: int
+    outstanding_prefill_tokens: int
+    reserved_blocks: int
+    attached_for_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatus:
+    """One model as this router can serve it; `problem` says why it can't, and is empty otherwise."""
+
+    name: str
+    vocab_size: int
+    max_sequence_tokens: int
+    num_prefill_nodes: int
+    num_decode_nodes: int
+    num_queued: int
+    problem: str
+    mismatches: tuple[FingerprintMismatch, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterStatus:
+    """All of it at one moment. Ended requests count in `num_requests_by_state` until both nodes reported."""
+
+    router_epoch: int
+    nodes: tuple[NodeStatus, ...]
+    models: tuple[ModelStatus, ...]
+    num_requests_by_state: dict[RequestState, int]
+    num_sessions: int
+    num_unsettled_attempts: int
+    counters: Counters
+
+
+def cluster_status(
+    router_epoch: int,
+    ledger: Ledger,
+    cluster: ClusterState,
+    queue: AdmissionQueue,
+    counters: Counters,
+    now_s: float,
+) -> ClusterStatus:
+    """Snapshot the core's parts; the result shares nothing mutable with them."""
+    by_state = dict.fromkeys(RequestState, 0)
+    for entries in (ledger.requests.values(), ledger.closing.values()):
+        for entry in entries:
+            by_state[entry.state] += 1
+    return ClusterStatus(
+        router_epoch=router_epoch,
+        nodes=tuple(_node_status(node, now_s) for node in cluster.nodes.values()),
+        models=tuple(_model_status(model, queue) for model in cluster.models.values()),
+        num_requests_by_state=by_state,
+        num_sessions=len(ledger.streams),
+        num_unsettled_attempts=len(ledger.attempts),
+        counters=replace(counters, num_failed_by_code=Counter(counters.num_failed_by_code)),
+    )
+
+
+def _node_status(node: NodeState, now_s: float) -> NodeStatus:
+    role = node.description.role
+    return NodeStatus(
+        description=node.description,
+        load=node.load,
+        is_draining=node.is_draining,
+        is_full=node.is_full(now_s),
+        num_in_flight=node.num_in_flight,
+        num_releasing=sum(
+            attempt.side(role).state is SideState.RELEASING for attempt in node.in_flight.values()
+        ),
+        num_overdue=node.num_overdue,
+        outstanding_prefill_tokens=node.outstanding_prefill_tokens,
+        reserved_blocks=node.reserved_blocks,
+        attached_for_s=now_s - node.attached_s,
+    )
+
+
+def _model_status(model: ModelState, queue: AdmissionQueue) -> ModelStatus:
+    return ModelStatus(
+        name=model.name,
+        vocab_size=model.vocab_size,
+        max_sequence_tokens=model.max_sequence_tokens,
+        num_prefill_nodes=len(model.nodes[Role.PREFILL]),
+        num_decode_nodes=len(model.nodes[Role.DECODE]),
+        num_queued=len(queue.waiting.get(model.name, ())),
+        problem=model.gap_text,
+        mismatches=model.mismatches,
+    )

@@ -1,0 +1,269 @@
+"""A seeded cluster of fake nodes on a virtual clock: whatever fails whenever, the books stay right.
+
+After every event: the core's invariants, and each stream a prefix of the one right answer. At the end:
+every request ended, no node holds anything, the books are empty. To repeat a failure:
+``SIMULATION_SEED=<seed> pytest tests/router/test_core_simulation.py``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from itertools import count
+from random import Random
+
+import pytest
+
+from kvrelay.core.ids import NodeId, RequestId
+from kvrelay.core.kv import KVFingerprint
+from kvrelay.core.node_messages import (
+    DrainStarted,
+    NodeDescription,
+    Role,
+)
+from kvrelay.core.request import FinishReason, TokenRequest
+from kvrelay.core.sampling import SamplingParams
+from kvrelay.router.config import RouterCoreConfig
+from kvrelay.router.core import RouterCore
+from kvrelay.router.events import (
+    DeliverFailed,
+    DeliverFinished,
+    DeliverTokens,
+    Event,
+    RequestCancelled,
+    RequestSubmitted,
+    SendCommand,
+    SessionClosed,
+    SessionId,
+    Ticked,
+)
+from kvrelay.router.placement import LeastLoaded
+
+from .fake_node import CONTEXT_TOKENS, EOS, FakeNode, right_answer
+
+NUM_SEEDS = 80
+FINGERPRINT = KVFingerprint("m", "float32", 1, 1, 4, "rope")
+SEEDS = [int(os.environ["SIMULATION_SEED"])] if "SIMULATION_SEED" in os.environ else range(NUM_SEEDS)
+
+
+@dataclass
+class Client:
+    """One request as its caller sees it."""
+
+    request: TokenRequest
+    answer: list[int]
+    reason: FinishReason
+    output: list[int]
+    may_fail_by: set[str]
+    end: str = ""
+
+
+class World:
+    """Clock, nodes, clients and the core under test."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = Random(seed)
+        self.now_s = 0.0
+        self.counter = count()
+        self.todo: list[tuple[float, int, Callable[[], None]]] = []
+        self.clients: dict[tuple[int, int], Client] = {}
+        rate = self.rng.choice([0.0, 0.02, 0.1])
+        self.chances = {"fail": rate / 3, "refuse": rate, "push": rate}
+        config = RouterCoreConfig(
+            growth_tokens=8, max_early_tokens=64, max_attempts=6, node_wait_s=3.0, queue_timeout_s=20.0,
+            max_queued_requests=self.rng.choice([4, 100]), max_prefill_tokens_per_node=64,
+        )  # fmt: skip
+        self.core = RouterCore(config, seed, LeastLoaded(), Random(seed))
+        self.nodes = {
+            name: FakeNode(self, self._describe(name))
+            for name in ["p0", "p1", "p2"][: self.rng.randint(1, 3)]
+            + ["d0", "d1", "d2"][: self.rng.randint(1, 3)]
+        }
+
+    def _describe(self, name: str) -> NodeDescription:
+        role = Role.PREFILL if name.startswith("p") else Role.DECODE
+        return NodeDescription(
+            node_id=NodeId(name), incarnation=0, role=role, model="m", engine="sim", fingerprint=FINGERPRINT,
+            vocab_size=100, max_model_len=CONTEXT_TOKENS, num_blocks=self.rng.randint(12, 40), block_size=4,
+            max_num_seqs=self.rng.randint(1, 8), eos_token_ids=(EOS,), transfer_address=name,
+        )  # fmt: skip
+
+    def delay_s(self) -> float:
+        return self.rng.expovariate(1 / 0.02)
+
+    def chance(self, kind: str) -> bool:
+        return self.rng.random() < self.chances[kind]
+
+    def at(self, time_s: float, step: Callable[[], None]) -> None:
+        heappush(self.todo, (time_s, next(self.counter), step))
+
+    def after(self, delay_s: float, step: Callable[[], None]) -> None:
+        self.at(self.now_s + delay_s, step)
+
+    # ---- the plot
+
+    def run(self, num_requests: int, num_incidents: int) -> None:
+        for node in self.nodes.values():
+            self.after(self.rng.uniform(0, 0.5), node.attach)
+        for number in range(num_requests):
+            self.at(self.rng.uniform(0.7, 4.0), lambda number=number: self._submit(number))  # type: ignore[misc]
+        for _ in range(num_incidents):
+            self.at(self.rng.uniform(0.5, 6.0), self._incident)
+        self._play(until_s=8.0)
+        self.chances = dict.fromkeys(self.chances, 0.0)
+        self._play(until_s=40.0)
+
+    def _play(self, until_s: float) -> None:
+        self._every(0.2, until_s, lambda: self.handle(Ticked()))
+        for node in self.nodes.values():
+            self._every(self.rng.uniform(0.01, 0.03), until_s, node.step)
+        while self.todo and self.todo[0][0] <= until_s:
+            self.now_s, _, step = heappop(self.todo)
+            step()
+        self.now_s = until_s
+
+    def _every(self, period_s: float, until_s: float, step: Callable[[], None]) -> None:
+        def again() -> None:
+            step()
+            if self.now_s + period_s <= until_s:
+                self.after(period_s, again)
+
+        self.after(period_s, again)
+
+    def _submit(self, number: int) -> None:
+        rng = self.rng
+        prompt = tuple(rng.randrange(40) for _ in range(rng.randint(1, 20)))
+        sampling = SamplingParams(
+            max_tokens=rng.choice([1, 2, 5, 20, 60]),
+            temperature=rng.choice([0.0, 1.0]),
+            seed=number,
+            stop_token_ids=(11,) if rng.random() < 0.3 else (),
+            ignore_eos=rng.random() < 0.3,
+        )
+        answer, reason = right_answer(TokenRequest(prompt, len(prompt), sampling))
+        known = rng.randint(0, len(answer)) if rng.random() < 0.2 else 0
+        request = TokenRequest(prompt + tuple(answer[:known]), len(prompt), sampling)
+        session, deadline_s = rng.randint(1, 3), None
+        client = Client(
+            request, answer, reason, answer[:known], {"OVERLOADED", "NODE_UNAVAILABLE", "TRANSFER_FAILED"}
+        )
+        if rng.random() < 0.15:
+            deadline_s = self.now_s + rng.uniform(-0.01, 0.5)
+            client.may_fail_by.add("DEADLINE_EXCEEDED")
+        if any(self.chances.values()):
+            client.may_fail_by |= {"ENGINE_FAILED", "TRANSFER_TIMEOUT"}
+        if rng.random() < 0.15:
+            client.may_fail_by.add("CANCELLED")
+            self.after(rng.uniform(0, 0.6), lambda: self.handle(RequestCancelled(RequestId(f"r{number}"))))
+        self.clients[session, number] = client
+        name = RequestId(f"r{number}")
+        self.handle(RequestSubmitted(name, SessionId(session), number, "m", request, deadline_s))
+
+    def _incident(self) -> None:
+        if self.rng.random() < 0.1:
+            session = self.rng.randint(1, 3)
+            for (owner, _), client in self.clients.items():
+                if owner == session and not client.end:
+                    client.end = "abandoned"
+            self.handle(SessionClosed(SessionId(session)))
+            return
+        node = self.rng.choice(list(self.nodes.values()))
+        if not node.is_up or node.is_draining:
+            return
+        if self.rng.random() < 0.25:
+            node.is_draining = True
+            node.say(DrainStarted())
+            self._leave_when_done(node)
+            return
+        node.go_down("crash", says_so=self.rng.random() < 0.7)
+        self.after(self.rng.uniform(0.0, 1.5), node.attach)
+
+    def _leave_when_done(self, node: FakeNode) -> None:
+        if node.held:
+            node.later(lambda: self._leave_when_done(node))
+            return
+        node.go_down("drained", says_so=True)
+        self.after(1.0, node.attach)
+
+    # ---- what comes back
+
+    def handle(self, event: Event) -> None:
+        effects = self.core.handle(event, self.now_s)
+        self.core.check_invariants()
+        for effect in effects:
+            if isinstance(effect, SendCommand):
+                node = self.nodes[effect.node_id]
+                if node.is_connected:
+                    node.hear(effect.command)
+            elif isinstance(effect, DeliverTokens):
+                self._take_tokens(effect)
+            else:
+                self._take_end(effect)
+
+    def _take_tokens(self, effect: DeliverTokens) -> None:
+        start = 0
+        for stream_id, num_tokens in zip(effect.stream_ids, effect.counts, strict=True):
+            client = self.clients[effect.session, stream_id]
+            assert not client.end, f"tokens after the end ({client.end})"
+            client.output += effect.token_ids[start : start + num_tokens]
+            start += num_tokens
+            assert client.output == client.answer[: len(client.output)]
+        assert start == len(effect.token_ids)
+
+    def _take_end(self, effect: DeliverFinished | DeliverFailed) -> None:
+        client = self.clients[effect.session, effect.stream_id]
+        assert not client.end, f"ended twice: {client.end}, {effect}"
+        if isinstance(effect, DeliverFailed):
+            client.end = effect.error.code
+            assert client.end in client.may_fail_by, effect.error
+        else:
+            client.end = "finished"
+            assert client.output == client.answer
+            assert effect.finish_reason == client.reason
+
+
+def check_end(world: World) -> None:
+    unended = [key for key, client in world.clients.items() if not client.end]
+    assert not unended, f"requests without an end: {unended}"
+    assert {node.node_id: node.held for node in world.nodes.values() if node.held} == {}
+    status = world.core.status(world.now_s)
+    assert not any(status.num_requests_by_state.values())
+    assert status.num_unsettled_attempts == status.num_sessions == 0
+    for node in status.nodes:
+        assert (node.num_in_flight, node.outstanding_prefill_tokens, node.reserved_blocks) == (0, 0, 0)
+
+
+def play(seed: int, num_requests: int = 40, num_incidents: int = 8) -> World:
+    world = World(seed)
+    try:
+        world.run(num_requests, num_incidents)
+        check_end(world)
+    except Exception as error:
+        error.add_note(f"at {world.now_s:.3f} s with SIMULATION_SEED={seed}")
+        raise
+    return world
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_whatever_fails_tokens_are_exact_and_books_end_empty(seed: int) -> None:
+    play(seed)
+
+
+def test_without_faults_every_request_is_answered() -> None:
+    world = World(1)
+    world.chances = dict.fromkeys(world.chances, 0.0)
+    world.run(num_requests=40, num_incidents=0)
+    check_end(world)
+    expected_ends = {"finished", "CANCELLED", "DEADLINE_EXCEEDED", "OVERLOADED"}
+    assert {client.end for client in world.clients.values()} <= expected_ends
+    assert sum(client.end == "finished" for client in world.clients.values()) >= 20
+
+
+def test_the_simulation_meets_continuations_losses_and_refusals() -> None:
+    counters = [play(seed).core.status(0.0).counters for seed in range(12)]
+    assert sum(found.num_continuations for found in counters) > 10
+    assert sum(found.num_nodes_lost for found in counters) > 5
+    assert sum(found.num_attempts_refused for found in counters) > 5
+    assert sum(found.num_tokens_dropped for found in counters) > 0
