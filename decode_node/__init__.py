@@ -1,0 +1,1 @@
+"""The decode node: receives prompts' KV from prefill nodes and draws every token after the first."""

@@ -1,0 +1,81 @@
+"""One attempt as a node sees it: its state, and what the node holds for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from kvrelay.core.block_hash import BlockHash, root_hash, sequence_digest
+from kvrelay.core.ids import AttemptId, TransferId
+from kvrelay.core.node_messages import Report
+from kvrelay.core.request import TokenRequest
+from kvrelay.engine.interface import SequenceKey
+
+
+class AttemptState(StrEnum):
+    """Where an attempt is. The first two belong to prefill nodes, the next three to decode nodes."""
+
+    PREFILLING = "prefilling"
+    """The sequence waits or computes in the engine; the push is open."""
+    HANDING_OFF = "handing_off"
+    """The first token is out; the KV is held until the receiver has acknowledged it."""
+
+    RESERVING = "reserving"
+    """The engine has been asked for blocks."""
+    RECEIVING = "receiving"
+    """Blocks are taken; the KV is arriving."""
+    DECODING = "decoding"
+    """The KV is here; the engine owns the sequence until it finishes."""
+
+    CANCELLING = "cancelling"
+    """The end is decided; the transfer is being cancelled, so that nothing touches the blocks."""
+    RELEASING = "releasing"
+    """No transfer is open; the engine has been asked to free the sequence."""
+
+
+Transitions = Mapping[AttemptState, frozenset[AttemptState]]
+
+ENDING: Final = frozenset({AttemptState.CANCELLING, AttemptState.RELEASING})
+"""The end is decided, and what is held is on its way back."""
+
+
+@dataclass(slots=True)
+class Attempt:
+    """Mutable; owned by a node's core.
+
+    `has_transfer` is whether a transfer is open. `terminal` is the report that ends the attempt, once
+    decided. `is_orphan`: the stream it came by is gone, and nobody is to hear of it any more.
+    """
+
+    transfer_id: TransferId
+    key: SequenceKey
+    request: TokenRequest
+    state: AttemptState
+    received_s: float
+    has_transfer: bool = False
+    is_orphan: bool = False
+    terminal: Report | None = None
+    started_s: float | None = None
+    num_cached_tokens: int = 0
+
+    @property
+    def number(self) -> AttemptId:
+        """Its name towards its router."""
+        return self.transfer_id.attempt
+
+    @property
+    def router_epoch(self) -> int:
+        """Whose it is."""
+        return self.transfer_id.router_epoch
+
+
+def sequence_key(transfer_id: TransferId) -> SequenceKey:
+    """The engine's name for an attempt's sequence; no two attempts share it."""
+    return SequenceKey(str(transfer_id))
+
+
+def prompt_digest(request: TokenRequest, fingerprint_digest: bytes) -> BlockHash:
+    """What both sides of a handoff agree on: the request's tokens, its salt, the KV's fingerprint."""
+    return sequence_digest(request.token_ids, root_hash(request.cache_salt, fingerprint_digest))

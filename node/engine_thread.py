@@ -1,0 +1,211 @@
+"""The one thread that owns the engine: commands in, steps computed, outcomes posted to the event loop.
+
+It blocks on its queue while the engine has nothing to do. The outcomes of commands are posted before the
+next step, those of a step right after it: never one call a token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Final
+
+from kvrelay.core.clock import Clock
+from kvrelay.core.errors import KVRelayError
+from kvrelay.core.ids import TransferId
+from kvrelay.engine.interface import Engine, EngineLoad, KVReady, SequenceKey
+from kvrelay.node.events import (
+    EngineCommand,
+    EngineDied,
+    EngineEvent,
+    PrefillStarted,
+    ReleaseSequence,
+    ReserveSequence,
+    SequenceRefused,
+    SequenceReleased,
+    SequenceReserved,
+    StartDecode,
+    StepFinished,
+    SubmitPrefill,
+)
+
+logger = logging.getLogger(__name__)
+
+LOAD_INTERVAL_S: Final = 0.05
+"""A busy engine's load is read no more often than this."""
+STALLED_WAIT_S: Final = 0.005
+"""How long to wait for a command when a step computed nothing."""
+COMMANDS_PER_ATTEMPT: Final = 3
+
+PushReady = Callable[[TransferId, KVReady], None]
+Deliver = Callable[[Sequence[EngineEvent], EngineLoad | None], None]
+
+
+class _Stop:
+    """Ends the thread."""
+
+
+@dataclass(slots=True)
+class _FirstKV:
+    """What a sequence's first step made ready: tokens ``[0, num_tokens)`` at first."""
+
+    num_tokens: int
+    num_cached_tokens: int = 0
+
+
+class EngineThread:
+    """Runs an engine. `deliver` is called on the event loop, `push_ready` in the engine's thread.
+
+    At most ``COMMANDS_PER_ATTEMPT * max_attempts`` commands wait; the node's admission sees to it, so more
+    is a bug.
+    """
+
+    def __init__(
+        self, engine: Engine, clock: Clock, *, deliver: Deliver, push_ready: PushReady, max_attempts: int
+    ) -> None:
+        self._engine = engine
+        self._clock = clock
+        self._deliver = deliver
+        self._push_ready = push_ready
+        self._max_commands = COMMANDS_PER_ATTEMPT * max_attempts
+        self._commands: SimpleQueue[EngineCommand | _Stop] = SimpleQueue()
+        self._transfer_ids: dict[SequenceKey, TransferId] = {}
+        self._first_kv: dict[SequenceKey, _FirstKV] = {}
+        self._started: set[SequenceKey] = set()
+        self._step_started_s = 0.0
+        self._load_read_s = float("-inf")
+        self._is_stalled = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Begin to serve commands; outcomes are delivered on `loop`."""
+        self._loop = loop
+        self._engine.set_kv_ready_listener(self._on_kv_ready)
+        self._thread.start()
+
+    def send(self, command: EngineCommand) -> None:
+        """Queue a command; never blocks."""
+        assert self._commands.qsize() < self._max_commands, "the engine's command queue is full"
+        self._commands.put(command)
+
+    def stop(self, timeout_s: float) -> bool:
+        """End after the step that runs now. Blocks up to `timeout_s`; False if the thread still runs then."""
+        if self._thread.is_alive():
+            self._commands.put(_Stop())
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    # ---- in the thread -----------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._turn():
+                pass
+        except Exception as error:  # the engine's outermost loop: a fault of the engine itself
+            logger.exception("engine failed")
+            self._post([EngineDied(f"the engine raised {type(error).__name__}: {error}")], None)
+
+    def _turn(self) -> bool:
+        """Take the commands that wait, compute one step; False when told to stop."""
+        events: list[EngineEvent] = []
+        for command in self._take_commands():
+            if isinstance(command, _Stop):
+                return False
+            self._apply(command, events)
+        has_work = self._engine.has_work()
+        if events or not has_work:
+            self._post(events, self._read_load(is_idle=not has_work))
+        if has_work:
+            self._step()
+        return True
+
+    def _take_commands(self) -> list[EngineCommand | _Stop]:
+        """What waits now; blocks for the first if the engine has nothing to compute."""
+        taken: list[EngineCommand | _Stop] = []
+        if not self._engine.has_work():
+            taken.append(self._commands.get())
+        elif self._is_stalled:
+            with suppress(Empty):
+                taken.append(self._commands.get(timeout=STALLED_WAIT_S))
+        while not self._commands.empty():
+            taken.append(self._commands.get_nowait())
+        return taken
+
+    def _step(self) -> None:
+        self._step_started_s = self._clock.now_s()
+        step = self._engine.step()
+        self._is_stalled = not (
+            step.outputs or step.failures or step.num_prefill_tokens or step.num_decode_tokens
+        )
+        events: list[EngineEvent] = [
+            PrefillStarted(key, self._step_started_s, first.num_cached_tokens)
+            for key, first in self._first_kv.items()
+        ]
+        self._first_kv.clear()
+        if step.outputs or step.failures:
+            events.append(StepFinished(step))
+        load = self._read_load(is_idle=not self._engine.has_work())
+        if events or load is not None:
+            self._post(events, load)
+
+    def _read_load(self, *, is_idle: bool) -> EngineLoad | None:
+        now_s = self._clock.now_s()
+        if not is_idle and now_s - self._load_read_s < LOAD_INTERVAL_S:
+            return None
+        self._load_read_s = now_s
+        return self._engine.load()
+
+    def _post(self, events: list[EngineEvent], load: EngineLoad | None) -> None:
+        assert self._loop is not None
+        with suppress(RuntimeError):  # the loop has closed: the process could not wait for this step
+            self._loop.call_soon_threadsafe(self._deliver, events, load)
+
+    def _apply(self, command: EngineCommand, events: list[EngineEvent]) -> None:
+        match command:
+            case ReleaseSequence(key):
+                self._engine.release(key)
+                self._transfer_ids.pop(key, None)
+                self._started.discard(key)
+                self._first_kv.pop(key, None)
+                events.append(SequenceReleased(key))
+            case StartDecode(key, first_token_id):
+                self._engine.start_decode(key, first_token_id)
+            case ReserveSequence() | SubmitPrefill():
+                self._admit(command, events)
+
+    def _admit(self, command: ReserveSequence | SubmitPrefill, events: list[EngineEvent]) -> None:
+        key = command.key
+        try:
+            if isinstance(command, ReserveSequence):
+                events.append(SequenceReserved(self._engine.reserve(command.request, key)))
+            else:
+                self._transfer_ids[key] = command.transfer_id
+                self._engine.submit_prefill(command.request, key)
+        except KVRelayError as error:
+            self._transfer_ids.pop(key, None)
+            events.append(SequenceRefused(key, error))
+
+    def _on_kv_ready(self, ready: KVReady) -> None:
+        transfer_id = self._transfer_ids.get(ready.key)
+        if transfer_id is None:
+            return
+        self._note_first_kv(ready)
+        self._push_ready(transfer_id, ready)
+
+    def _note_first_kv(self, ready: KVReady) -> None:
+        """A prefix-cache hit is reported first, in the step that computes what follows it; and what one step
+        computes of a sequence is one range of tokens. So a second range behind the first one tells that
+        the first was a hit."""
+        first = self._first_kv.get(ready.key)
+        if first is None:
+            if ready.key not in self._started:
+                self._started.add(ready.key)
+                self._first_kv[ready.key] = _FirstKV(ready.tokens.stop)
+        elif ready.tokens.start == first.num_tokens:
+            first.num_cached_tokens = first.num_tokens

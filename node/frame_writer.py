@@ -1,0 +1,112 @@
+"""The one writer of an `Attach` stream: merges what is sent meanwhile, heartbeats, tells the load."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from kvrelay.codec.cluster import encode_node_frame
+from kvrelay.core.clock import Clock
+from kvrelay.core.node_messages import NodeFrame, NodeLoad, Report, Welcome
+from kvrelay.core.tokenizer_chunk import split_tokenizer
+from kvrelay.node.attach_stream import AttachStream
+from kvrelay.node.events import TokenColumns
+from kvrelay.node.load_pacer import LoadPacer
+from kvrelay.node.outbox import Outbox
+
+
+class FrameWriter:
+    """Writes from `run` until it is cancelled, or until `finish` and all that waits is out.
+
+    `read_load` gives the node's load when a frame is to carry it. `tokenizer`, if given, goes first.
+    """
+
+    def __init__(
+        self,
+        stream: AttachStream,
+        welcome: Welcome,
+        read_load: Callable[[], NodeLoad],
+        clock: Clock,
+        *,
+        max_pending_tokens: int,
+        load_interval_s: float,
+        tokenizer: bytes | None,
+    ) -> None:
+        self._stream = stream
+        self._heartbeat_s = welcome.heartbeat_s
+        self._read_load = read_load
+        self._clock = clock
+        self._tokenizer = tokenizer
+        self._outbox = Outbox(max_pending_tokens)
+        self._pacer = LoadPacer(load_interval_s)
+        self._wake = asyncio.Event()
+        self._load_timer: asyncio.TimerHandle | None = None
+        self._is_load_due = True
+        self._is_finishing = False
+
+    def send(self, tokens: TokenColumns | None, reports: tuple[Report, ...]) -> None:
+        """Queue for the next frame.
+
+        Raises:
+            Overloaded: the router reads too slowly.
+        """
+        self._outbox.add(tokens, reports)
+        self._wake.set()
+
+    def load_changed(self) -> None:
+        """Tell the load as soon as it may be told again."""
+        if self._load_timer is None and not self._is_load_due:
+            delay_s = self._pacer.due_in_s(self._clock.now_s())
+            self._load_timer = asyncio.get_running_loop().call_later(delay_s, self._on_load_due)
+
+    def finish(self) -> None:
+        """End this side of the stream when all that waits is out."""
+        self._is_finishing = True
+        self._wake.set()
+
+    def stop(self) -> None:
+        """Forget the timer; nothing more is written."""
+        if self._load_timer is not None:
+            self._load_timer.cancel()
+
+    def _on_load_due(self) -> None:
+        self._load_timer = None
+        self._is_load_due = True
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Write until told to end.
+
+        Raises:
+            grpc.aio.AioRpcError: the stream is broken.
+        """
+        if self._tokenizer is not None:
+            for chunk in split_tokenizer(self._tokenizer):
+                await self._stream.write(encode_node_frame(NodeFrame(tokenizer=chunk)))
+        while True:
+            is_heartbeat = not await self._woken()
+            frame = self._next_frame(is_heartbeat)
+            if frame is not None:
+                await self._stream.write(encode_node_frame(frame))
+            if self._is_finishing and self._outbox.is_empty:
+                await self._stream.done_writing()
+                return
+
+    async def _woken(self) -> bool:
+        """False if there was nothing to tell for a whole heartbeat."""
+        try:
+            async with asyncio.timeout(self._heartbeat_s):
+                await self._wake.wait()
+        except TimeoutError:
+            return False
+        self._wake.clear()
+        return True
+
+    def _next_frame(self, is_heartbeat: bool) -> NodeFrame | None:
+        load: NodeLoad | None = None
+        if is_heartbeat or self._is_load_due:
+            load = self._pacer.take(self._read_load(), self._clock.now_s(), is_heartbeat=is_heartbeat)
+            self._is_load_due = False
+        if self._outbox.is_empty and load is None and not is_heartbeat:
+            return None
+        return self._outbox.take(load)

@@ -1,0 +1,138 @@
+"""A node's process: load, serve until told to stop, drain, exit."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import uvloop
+
+from kvrelay.core.errors import KVRelayError
+from kvrelay.core.node_messages import Role
+from kvrelay.engine.config import EngineKind
+from kvrelay.engine.factory import load_engine
+from kvrelay.engine.interface import Engine
+from kvrelay.kv_transfer.service import KVTransferService
+from kvrelay.node.config import NodeConfig
+from kvrelay.node.core import NodeCore, NodeCoreConfig
+from kvrelay.node.load_progress import LoadProgress
+from kvrelay.node.monotonic_clock import MonotonicClock
+from kvrelay.node.ready_file import write_ready_file
+from kvrelay.node.service import NodeService
+from kvrelay.node.stop_signals import StopSignals
+from kvrelay.node.tokenizer_bundle import build_tokenizer_bundle
+
+logger = logging.getLogger(__name__)
+
+EXIT_OK: Final = 0
+EXIT_FAILED: Final = 1
+EXIT_CONFIG: Final = 2
+EXIT_INTERRUPTED: Final = 130
+
+MakeCore = Callable[[NodeCoreConfig], NodeCore]
+
+
+def run_node(config: NodeConfig, make_core: MakeCore) -> int:
+    """Run one node until SIGTERM or SIGINT; returns the exit status.
+
+    0: left cleanly; 1: the engine or the node failed, or it was told twice to stop; 2: it can't run as
+    configured. What went wrong is on stderr, one line each.
+    """
+    logging.basicConfig(
+        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
+    )
+    try:
+        engine = load_engine(config.engine, LoadProgress(sys.stderr))
+        tokenizer = _build_tokenizer(config)
+        # What has been loaded stays: the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
+        core_config = NodeCoreConfig(_max_attempts(config), engine.info.fingerprint.digest)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_serve(config, make_core(core_config), engine, tokenizer))
+    except KVRelayError as error:
+        for line in error.message.splitlines():
+            _complain(config.role, line)
+        return EXIT_CONFIG
+    except OSError as error:
+        _complain(config.role, str(error))
+        return EXIT_CONFIG
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def _complain(role: Role, line: str) -> None:
+    print(f"kvrelay {role}: {line}", file=sys.stderr)
+
+
+def _max_attempts(config: NodeConfig) -> int:
+    """On a prefill node every attempt has a transfer: better refused than failed when those run out."""
+    if config.role is Role.PREFILL:
+        return min(config.max_attempts_in_flight, config.transfer.max_concurrent_transfers)
+    return config.max_attempts_in_flight
+
+
+def _build_tokenizer(config: NodeConfig) -> bytes | None:
+    if config.engine.engine is not EngineKind.TORCH:
+        return None
+    return build_tokenizer_bundle(Path(config.engine.model))
+
+
+async def _serve(config: NodeConfig, core: NodeCore, engine: Engine, tokenizer: bytes | None) -> int:
+    service = NodeService(
+        config, core, engine, KVTransferService, clock=MonotonicClock(), tokenizer=tokenizer
+    )
+    with StopSignals() as signals:
+        try:
+            await service.start()
+            status, at_once = await _until_stopped(config, service, signals)
+        except BaseException:
+            await service.close(at_once=True)
+            raise
+        await service.close(at_once=at_once)
+    return status
+
+
+async def _until_stopped(config: NodeConfig, service: NodeService, signals: StopSignals) -> tuple[int, bool]:
+    """Returns the exit status, and whether to leave at once."""
+    ready = asyncio.create_task(_announce_ready(config, service))
+    first, second = asyncio.create_task(signals.first.wait()), asyncio.create_task(signals.second.wait())
+    try:
+        await _first_of(first, service.failed)
+        if not service.failed.done():
+            drain = asyncio.create_task(service.drain())
+            await _first_of(drain, second, service.failed)
+            if drain.done():
+                return EXIT_OK, False
+            drain.cancel()
+        if service.failed.done():
+            _complain(config.role, service.failed.result())
+            return EXIT_FAILED, False
+        _complain(config.role, "told twice to stop: leaving at once")
+        return EXIT_FAILED, True
+    finally:
+        for task in (ready, first, second):
+            task.cancel()
+
+
+async def _first_of(*ends: asyncio.Task[bool] | asyncio.Task[None] | asyncio.Future[str]) -> None:
+    await asyncio.wait(set(ends), return_when=asyncio.FIRST_COMPLETED)
+
+
+async def _announce_ready(config: NodeConfig, service: NodeService) -> None:
+    await service.attached.wait()
+    logger.info("ready node=%s transfer=%s", service.node_id, service.transfer_address)
+    if config.ready_file:
+        facts: dict[str, str | int] = {
+            "pid": os.getpid(),
+            "role": config.role.value,
+            "node_id": service.node_id,
+            "transfer_address": service.transfer_address,
+        }
+        write_ready_file(Path(config.ready_file), facts)

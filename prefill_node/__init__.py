@@ -1,0 +1,1 @@
+"""The prefill node: computes prompts' KV, pushes it to decode nodes, and draws the first token."""
