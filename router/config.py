@@ -49,7 +49,7 @@ class RouterCoreConfig:
     max_early_tokens: int = 1024
     """Tokens of one decode attempt kept while the prefill node's first token is still on its way."""
     ack_timeout_s: float = 5.0
-    lease_s: float = 15.0
+    lease_s: float = 10.0
     heartbeat_s: float = 1.0
     node_silence_s: float = 5.0
     min_retry_after_s: float = 0.5

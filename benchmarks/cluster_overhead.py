@@ -1,0 +1,115 @@
+"""What the cluster adds to an idle engine: TTFT and ITL through client, router, prefill and decode node,
+beside the same engine called directly, prompt by prompt in turns, same model, same threads.
+
+    python -m benchmarks.cluster_overhead [--json] [--prompts 20] [--prompt-tokens 128] [--tokens 32]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import time
+from itertools import pairwise
+from pathlib import Path
+
+from benchmarks.local_cluster import running_cluster
+from benchmarks.percentiles import summary_ms
+from kvrelay.client import AsyncClient
+from kvrelay.core.request import TokenRequest
+from kvrelay.core.sampling import SamplingParams
+from kvrelay.engine.config import EngineConfig
+from kvrelay.engine.embedded_model import ensure_smollm2
+from kvrelay.engine.factory import load_engine
+from kvrelay.engine.interface import Engine, SequenceKey
+
+TokenTimes = list[float]
+"""Seconds from the request's start to each of its tokens."""
+
+
+def time_engine(engine: Engine, prompt: tuple[int, ...], sampling: SamplingParams) -> TokenTimes:
+    started = time.perf_counter()
+    engine.submit(TokenRequest(prompt, len(prompt), sampling), SequenceKey("bench"))
+    times: TokenTimes = []
+    while engine.has_work():
+        times.extend(time.perf_counter() - started for _ in engine.step().outputs)
+    return times
+
+
+async def time_cluster(client: AsyncClient, prompt: tuple[int, ...], sampling: SamplingParams) -> TokenTimes:
+    started = time.perf_counter()
+    times: TokenTimes = []
+    async for chunk in client.generate(prompt, sampling=sampling):
+        times.extend(time.perf_counter() - started for _ in chunk.token_ids)
+    return times
+
+
+def ttft_and_itl(runs: list[TokenTimes]) -> dict[str, dict[str, float]]:
+    """The gap between first and second token holds the handoff and stands by itself."""
+    later_gaps = [b - a for times in runs for a, b in pairwise(times[1:])]
+    return {
+        "ttft_ms": summary_ms([times[0] for times in runs]),
+        "second_token_gap_ms": summary_ms([times[1] - times[0] for times in runs]),
+        "itl_ms": summary_ms(later_gaps),
+    }
+
+
+async def measure(args: argparse.Namespace, model: Path) -> dict[str, object]:
+    engine = load_engine(EngineConfig(engine="torch", model=str(model), num_blocks=1024))
+    rng = random.Random(0)
+    sampling = SamplingParams(max_tokens=args.tokens, ignore_eos=True)
+    alone: list[TokenTimes] = []
+    cluster: list[TokenTimes] = []
+    with running_cluster(
+        1, 1, ["--model", str(model), "--num-blocks", "1024", "--transport", args.transport]
+    ) as (
+        address,
+        _,
+    ):
+        async with AsyncClient([address]) as client:
+            for number in range(args.prompts + 2):
+                prompt = tuple(rng.randrange(1000, 40000) for _ in range(args.prompt_tokens))
+                engine_times = time_engine(engine, prompt, sampling)
+                cluster_times = await time_cluster(client, prompt, sampling)
+                if number >= 2:  # the first two warm both sides up
+                    alone.append(engine_times)
+                    cluster.append(cluster_times)
+    figures = {"engine_alone": ttft_and_itl(alone), "cluster": ttft_and_itl(cluster)}
+    return figures | {
+        "added_p50_ms": {
+            name: figures["cluster"][name]["p50"] - figures["engine_alone"][name]["p50"]
+            for name in figures["cluster"]
+        },
+        "prompts": args.prompts,
+        "prompt_tokens": args.prompt_tokens,
+        "transport": args.transport,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--prompts", type=int, default=20)
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--transport", default="auto")
+    args = parser.parse_args()
+    figures = asyncio.run(measure(args, ensure_smollm2()))
+    if args.json:
+        print(json.dumps(figures))
+        return
+    print(f"Cluster beside the engine alone: {args.prompts} prompts of {args.prompt_tokens} tokens, in turns")
+    print(f"{'ms, p50 / p99':24}{'engine alone':>20}{'cluster':>20}{'added p50':>12}")
+    for name in ("ttft_ms", "second_token_gap_ms", "itl_ms"):
+        cells = [
+            f"{figures[side][name]['p50']:.2f} / {figures[side][name]['p99']:.2f}"
+            for side in ("engine_alone", "cluster")
+        ]
+        print(
+            f"{name.removesuffix('_ms'):24}{cells[0]:>20}{cells[1]:>20}{figures['added_p50_ms'][name]:>12.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

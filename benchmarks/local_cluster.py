@@ -1,0 +1,70 @@
+"""A cluster of real processes on this machine, for benchmarks: started, waited for, stopped."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+START_TIMEOUT_S = 180.0
+
+
+@dataclass(frozen=True)
+class LocalService:
+    """One running service and what its ready file says."""
+
+    role: str
+    pid: int
+    ready: dict[str, str]
+
+
+@contextmanager
+def running_service(role: str, args: Sequence[str]) -> Iterator[LocalService]:
+    """`kvrelay <role> <args>` until the block ends."""
+    with tempfile.TemporaryDirectory() as folder:
+        ready_file, log_file = Path(folder) / "ready.json", Path(folder) / "log"
+        command = [sys.executable, "-m", "kvrelay.cli", role, *args, "--ready-file", str(ready_file)]
+        with log_file.open("wb") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        try:
+            _wait_for_file(ready_file, process, log_file)
+            yield LocalService(role, process.pid, json.loads(ready_file.read_text()))
+        finally:
+            process.terminate()
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _wait_for_file(path: Path, process: subprocess.Popen[bytes], log_file: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not path.exists():
+        if process.poll() is not None or time.monotonic() > deadline:
+            sys.exit(f"a service did not start:\n{log_file.read_text(errors='replace')[-2000:]}")
+        time.sleep(0.02)
+
+
+@contextmanager
+def running_cluster(
+    num_prefill: int, num_decode: int, node_args: Sequence[str]
+) -> Iterator[tuple[str, list[LocalService]]]:
+    """Router and nodes; yields the router's gRPC address and all services, the router first."""
+    with ExitStack() as stack:
+        router = stack.enter_context(
+            running_service("router", ["--host", "127.0.0.1", "--port", "0", "--http-port", "0"])
+        )
+        address = router.ready["grpc_address"]
+        services = [router]
+        for role, count in (("prefill", num_prefill), ("decode", num_decode)):
+            for index in range(count):
+                args = ["--router", address, "--node-id", f"{role}-{index}", *node_args]
+                services.append(stack.enter_context(running_service(role, args)))
+        yield address, services

@@ -1,0 +1,115 @@
+"""What Prometheus is told. Counting is a few additions per request; states are read when scraped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from kvrelay.core.cluster_view import ClusterState
+from kvrelay.core.node_messages import Role
+from kvrelay.core.request_report import RequestReport
+
+_TTFT_BUCKETS_S: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 2, 5, 10, 30, 60)
+_TPOT_BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1)
+
+_COUNTERS: Final = {
+    "tokens": "Output tokens delivered to client streams.",
+    "attempts": "Attempts dispatched to a pair of nodes.",
+    "continuations": "Attempts that continued what an earlier one had begun.",
+    "attempts_refused": "Attempts that a node refused.",
+    "attempts_failed": "Attempts that failed.",
+    "nodes_lost": "Node streams that were lost.",
+    "prompt_tokens": "Prompt tokens of finished requests.",
+    "kv_bytes": "Bytes of KV that were handed off.",
+    "overdue_releases": "Releases that a node did not acknowledge in time.",
+}
+
+
+class RouterMetrics:
+    """One router's metrics, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.num_node_frames = 0
+        self.num_session_messages = 0
+        self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
+        self._requests = Counter(
+            "kvrelay_requests", "Requests by outcome.", ["outcome"], registry=self._registry
+        )
+        self._ttft_s = Histogram(
+            "kvrelay_ttft_seconds",
+            "Arrival to first token.",
+            buckets=_TTFT_BUCKETS_S,
+            registry=self._registry,
+        )
+        self._queue_s = Histogram(
+            "kvrelay_queue_seconds",
+            "Arrival to dispatch.",
+            buckets=_TTFT_BUCKETS_S,
+            registry=self._registry,
+        )
+        self._tpot_s = Histogram(
+            "kvrelay_tpot_seconds",
+            "(End-to-end - TTFT) / (output tokens - 1), of one request.",
+            buckets=_TPOT_BUCKETS_S,
+            registry=self._registry,
+        )
+
+    def count_request(self, outcome: str) -> None:
+        """One request has ended: `outcome` is a finish reason or an error's code."""
+        self._requests.labels(outcome.lower()).inc()
+
+    def count_finished(self, outcome: str, report: RequestReport) -> None:
+        """One request has ended well."""
+        self.count_request(outcome)
+        self._ttft_s.observe(report.ttft_s)
+        self._queue_s.observe(report.queue_s)
+        if report.num_output_tokens > 1:
+            self._tpot_s.observe((report.total_s - report.ttft_s) / (report.num_output_tokens - 1))
+
+    def watch(self, read_state: Callable[[], ClusterState]) -> None:
+        """Where the state comes from at each scrape."""
+        self._registry.register(_StateCollector(self, read_state))
+
+    def exposition(self) -> bytes:
+        """All of it, in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+
+class _StateCollector(Collector):
+    def __init__(self, metrics: RouterMetrics, read_state: Callable[[], ClusterState]) -> None:
+        self._metrics = metrics
+        self._read_state = read_state
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        state = self._read_state()
+        live = GaugeMetricFamily("kvrelay_live_requests", "Live requests by ledger state.", labels=["state"])
+        for name, number in state.num_requests.items():
+            live.add_metric([name], number)
+        yield live
+        yield GaugeMetricFamily(
+            "kvrelay_queue_length", "Requests that wait for nodes.", state.num_requests.get("queued", 0)
+        )
+        yield _nodes_by_role(state)
+        for name, text in _COUNTERS.items():
+            yield CounterMetricFamily(f"kvrelay_{name}", text, state.counters.get(name, 0))
+        frames = CounterMetricFamily("kvrelay_frames", "Messages on streams.", labels=["stream"])
+        frames.add_metric(["node"], self._metrics.num_node_frames)
+        frames.add_metric(["session"], self._metrics.num_session_messages)
+        yield frames
+
+
+def _nodes_by_role(state: ClusterState) -> GaugeMetricFamily:
+    nodes = GaugeMetricFamily("kvrelay_nodes", "Attached nodes.", labels=["role", "draining"])
+    for role in Role:
+        for draining in (False, True):
+            number = sum(node.role is role and node.draining is draining for node in state.nodes)
+            nodes.add_metric([role.value, str(draining).lower()], number)
+    return nodes

@@ -1,0 +1,69 @@
+"""What waits to be written to one node: commands, merged into one frame per write, bounded."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import Final
+
+from kvrelay.core.node_messages import Command, ReleaseKV, RouterFrame
+
+MAX_TOKENS_PER_FRAME: Final = 2_000_000
+"""Of prompts in one frame; at most 5 bytes each, so a frame of many prompts fits gRPC's message limit."""
+
+
+class NodeOutbox:
+    """One writer takes; anyone on the loop puts."""
+
+    def __init__(self, max_buffered_commands: int) -> None:
+        self._max_buffered_commands = max_buffered_commands
+        self._commands: deque[Command] = deque()
+        self._is_heartbeat_due = False
+        self._is_closed = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, command: Command) -> bool:
+        """False: it did not fit, because the node does not read."""
+        if len(self._commands) >= self._max_buffered_commands:
+            return False
+        self._commands.append(command)
+        self._wake()
+        return True
+
+    def put_heartbeat(self) -> None:
+        """Have a frame written, be it empty."""
+        self._is_heartbeat_due = True
+        self._wake()
+
+    def close(self) -> None:
+        """Let the writer end; what still waits is dropped."""
+        self._is_closed = True
+        self._wake()
+
+    async def take(self) -> RouterFrame | None:
+        """The next frame, once there is something to say; None after `close`."""
+        while not self._is_closed and not self._commands and not self._is_heartbeat_due:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        if self._is_closed:
+            return None
+        self._is_heartbeat_due = False
+        return RouterFrame(tuple(self._take_commands()))
+
+    def _take_commands(self) -> list[Command]:
+        taken: list[Command] = []
+        num_tokens = 0
+        while self._commands:
+            command = self._commands[0]
+            num_tokens += 0 if isinstance(command, ReleaseKV) else len(command.request.token_ids)
+            if taken and num_tokens > MAX_TOKENS_PER_FRAME:
+                break
+            taken.append(self._commands.popleft())
+        return taken
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
