@@ -44,7 +44,7 @@ class PushSpec:
 
 @dataclass(frozen=True, slots=True)
 class TransferStats:
-    """Measured by the side that reports it. `seconds` runs from the first granted byte to the last verified."""
+    """Measured by the side that reports it. `seconds` runs from grant to verified."""
 
     num_bytes: int
     num_messages: int
@@ -70,7 +70,7 @@ class PushFailed:
 
 @dataclass(frozen=True, slots=True)
 class ReceiveDone:
-    """Every byte has arrived, been verified and scattered. `output_token_id` is the token that the prefill drew."""
+    """Every byte has arrived, been verified and scattered; the prefill drew `output_token_id`."""
 
     transfer_id: TransferId
     output_token_id: int

@@ -1,0 +1,112 @@
+"""Limits and addresses of one node's KV transfer, validated when built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from kvrelay.core.errors import ConfigError
+
+TRANSPORT_CHOICES: Final = ("auto", "ucx", "tcp", "memory")
+MAX_SLOTS: Final = 4096
+_WILDCARD_HOSTS: Final = ("0.0.0.0", "::")
+
+
+@dataclass(frozen=True, slots=True)
+class KVTransferConfig:
+    """How one node sends and receives KV.
+
+    `transport` ``auto`` is ``ucx`` where NIXL works and ``tcp`` elsewhere. `listen_port` and `data_port`
+    (the second one used by ``tcp`` only) may be 0: any free port. `advertised_host` is what peers dial,
+    by default `listen_host`.
+
+    Bytes in flight are bounded by `slot_bytes` times `num_send_slots` on the sending side and times
+    `num_receive_slots` on the receiving side; one transfer holds at most `slots_per_transfer` of each.
+    `max_concurrent_transfers` counts each direction by itself. An offer that nobody expects is kept for
+    `pending_offer_timeout_s`. A transfer or peer without progress for `progress_timeout_s` is given up;
+    slots that a late write could still reach are set aside for `quarantine_s`; a link that carries
+    nothing for `link_idle_s` is closed.
+
+    `verify_checksums` asks for xxh3 over every message that is in host memory. `ucx_tls` overrides the
+    list of UCX transports; empty: the environment's ``UCX_TLS``, or one that suits the machine.
+
+    Raises:
+        ConfigError: listing every fault.
+    """
+
+    transport: str = "auto"
+    listen_host: str = "127.0.0.1"
+    listen_port: int = 0
+    data_port: int = 0
+    advertised_host: str = ""
+    slot_bytes: int = 4 << 20
+    num_send_slots: int = 4
+    num_receive_slots: int = 8
+    slots_per_transfer: int = 4
+    max_concurrent_transfers: int = 256
+    max_pending_offers: int = 256
+    max_links: int = 256
+    connect_timeout_s: float = 5.0
+    pending_offer_timeout_s: float = 5.0
+    progress_timeout_s: float = 10.0
+    quarantine_s: float = 5.0
+    link_idle_s: float = 300.0
+    verify_checksums: bool = True
+    ucx_tls: str = ""
+
+    def __post_init__(self) -> None:
+        faults = [*self._address_faults(), *self._count_faults(), *self._time_faults()]
+        if faults:
+            raise ConfigError("\n".join(faults))
+
+    def _address_faults(self) -> list[str]:
+        faults = []
+        if self.transport not in TRANSPORT_CHOICES:
+            faults.append(f"transport must be one of {', '.join(TRANSPORT_CHOICES)}, got {self.transport!r}")
+        if not self.listen_host:
+            faults.append("listen_host must not be empty")
+        if self.listen_host in _WILDCARD_HOSTS and not self.advertised_host:
+            faults.append(f"advertised_host must be given when listen_host is {self.listen_host}")
+        return faults + [
+            f"{name} must be from 0 to 65535, got {getattr(self, name)}"
+            for name in ("listen_port", "data_port")
+            if not 0 <= getattr(self, name) <= 65535
+        ]
+
+    def _count_faults(self) -> list[str]:
+        bounds = {
+            "slot_bytes": (1, 1 << 34),
+            "num_send_slots": (1, MAX_SLOTS),
+            "num_receive_slots": (1, MAX_SLOTS),
+            "slots_per_transfer": (1, MAX_SLOTS),
+            "max_concurrent_transfers": (1, 1 << 20),
+            "max_pending_offers": (1, 1 << 20),
+            "max_links": (1, 1 << 16),
+        }
+        return [
+            f"{name} must be from {low} to {high}, got {getattr(self, name)}"
+            for name, (low, high) in bounds.items()
+            if not low <= getattr(self, name) <= high
+        ]
+
+    def _time_faults(self) -> list[str]:
+        positive = (
+            "connect_timeout_s",
+            "pending_offer_timeout_s",
+            "progress_timeout_s",
+            "quarantine_s",
+            "link_idle_s",
+        )
+        faults = [
+            f"{name} must be above 0 and at most 86400 seconds, got {getattr(self, name)}"
+            for name in positive
+            if not 0 < getattr(self, name) <= 86400
+        ]
+        if self.pending_offer_timeout_s >= self.progress_timeout_s:
+            faults.append("pending_offer_timeout_s must be shorter than progress_timeout_s")
+        return faults
+
+    @property
+    def dialled_host(self) -> str:
+        """The host that peers connect to."""
+        return self.advertised_host or self.listen_host

@@ -1,0 +1,264 @@
+"""The sending half of a service: links to receivers, push sessions, and the messages under way."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from kvrelay.core.errors import KVRelayError, Overloaded, TransferFailed, TransferTimeout
+from kvrelay.core.ids import BlockId, TransferId
+from kvrelay.core.kv import DeviceKind, StagingMemory
+from kvrelay.kv_transfer.interface import PushDone, PushFailed, PushSpec, TransferStats
+from kvrelay.kv_transfer.kv_range import KVRange
+from kvrelay.kv_transfer.local_node import LocalNode, checksum_of
+from kvrelay.kv_transfer.messages import Pump
+from kvrelay.kv_transfer.outgoing_link import OutgoingLink
+from kvrelay.kv_transfer.push_events import (
+    FinishRequested,
+    KVReported,
+    LinkOpened,
+    PushEvent,
+    PushGivenUp,
+    PushLinkLost,
+    PushTicked,
+    ReportPush,
+    SendToReceiver,
+    WriteFinished,
+    WriteMessage,
+)
+from kvrelay.kv_transfer.push_session import PushPhase, PushSession
+from kvrelay.kv_transfer.slot_pool import SlotCounts, SlotPool
+from kvrelay.kv_transfer.transport import KVTransport, PeerConnected, PeerLost, TransportEvent, WriteCompleted
+
+_PUMP_INTERVAL_S: Final = 0.01
+_Job = tuple[TransferId, int]
+
+
+class Sender:
+    """Runs on the owner's thread only."""
+
+    def __init__(self, node: LocalNode, transport: KVTransport, staging: StagingMemory) -> None:
+        self._node = node
+        self._transport = transport
+        self._staging = staging
+        self._config = node.config
+        self._sessions: dict[TransferId, PushSession] = {}
+        self._link_of: dict[TransferId, OutgoingLink] = {}
+        self._links: dict[str, OutgoingLink] = {}
+        self._pool: SlotPool[_Job] = SlotPool(node.config.num_send_slots)
+        self._waiting: dict[_Job, WriteMessage] = {}
+        self._writing: dict[int, tuple[_Job, int, int | None]] = {}
+        self._checks = node.config.verify_checksums and staging.device_kind is DeviceKind.CPU
+
+    @property
+    def num_transfers(self) -> int:
+        return len(self._sessions)
+
+    @property
+    def num_links(self) -> int:
+        return len(self._links)
+
+    @property
+    def slots(self) -> SlotCounts:
+        return self._pool.counts
+
+    def open(self, spec: PushSpec) -> None:
+        """Begin a transfer; `connect` must follow."""
+        self._sessions[spec.transfer_id] = PushSession(
+            spec,
+            self._node.layout,
+            self._node.fingerprint.digest,
+            slots_per_transfer=self._config.slots_per_transfer,
+            progress_timeout_s=self._config.progress_timeout_s,
+            now_s=self._node.clock(),
+        )
+
+    def connect(self, spec: PushSpec, host: str, port: int, link_id: int) -> None:
+        """Offer the transfer to an IP address; `link_id` is used if that needs a new link."""
+        session = self._sessions.get(spec.transfer_id)
+        if session is None:
+            return
+        link = self._links.get(spec.peer_address) or self._dial(spec, host, port, link_id)
+        if link is None:
+            return
+        self._link_of[spec.transfer_id] = link
+        if link.is_ready:
+            self._handle(session, LinkOpened(link.max_message_bytes))
+
+    def report(self, transfer_id: TransferId, block_table: tuple[BlockId, ...], part: KVRange) -> None:
+        self._feed(transfer_id, KVReported(block_table, part))
+
+    def finish(self, transfer_id: TransferId, output_token_id: int) -> None:
+        self._feed(transfer_id, FinishRequested(output_token_id))
+
+    def give_up(self, transfer_id: TransferId, error: KVRelayError | None) -> None:
+        """End the transfer; with None without an event."""
+        self._feed(transfer_id, PushGivenUp(error))
+
+    def on_transport_event(self, event: TransportEvent) -> None:
+        match event:
+            case PeerConnected():
+                for link in list(self._links.values()):
+                    if link.link_id == event.link_id:
+                        self._on_ready(link)
+            case PeerLost():
+                for link in list(self._links.values()):
+                    if link.link_id == event.link_id:
+                        self.lose(link, event.error)
+            case WriteCompleted():
+                self._on_written(event.write_id)
+
+    def write_next(self) -> bool:
+        """Gather and post one message if there is one and a slot for it; returns whether it did something."""
+        for job, slot in self._pool.grant(limit=1):
+            self._write(job, slot, self._waiting.pop(job))
+            return True
+        return False
+
+    def tick(self, now_s: float) -> None:
+        """Deadlines, keep-alive, idle links."""
+        self._pool.expire(now_s)
+        for transfer_id in list(self._sessions):
+            self._feed(transfer_id, PushTicked())
+        for link in list(self._links.values()):
+            self._tick_link(link, now_s)
+
+    def pump(self, now_s: float) -> None:
+        """Ask receivers to poll while writes to them are under way."""
+        for link in self._links.values():
+            has_writes = any(self._link_of.get(job[0]) is link for job, _, _ in self._writing.values())
+            if (has_writes or link.is_trying) and now_s - link.pumped_s >= _PUMP_INTERVAL_S:
+                link.pumped_s = now_s
+                link.connection.send(Pump())
+
+    def close(self, error: KVRelayError) -> None:
+        """End every transfer, each with its event."""
+        for transfer_id in list(self._sessions):
+            self.give_up(transfer_id, error)
+        for link in list(self._links.values()):
+            self.lose(link, error)
+
+    def lose(self, link: OutgoingLink, error: KVRelayError) -> None:
+        """Drop the link; all its transfers fail with `error`."""
+        if self._links.get(link.address) is link:
+            del self._links[link.address]
+        link.connection.close()
+        self._transport.disconnect(link.link_id)
+        lost = {transfer_id for transfer_id, used in self._link_of.items() if used is link}
+        self._drop_writes(lost)
+        for transfer_id in lost:
+            self._feed(transfer_id, PushLinkLost(error))
+
+    def fail_unconnected(self, transfer_id: TransferId, error: KVRelayError) -> None:
+        """The address can't be connected to at all."""
+        self._feed(transfer_id, PushLinkLost(error))
+
+    def _dial(self, spec: PushSpec, host: str, port: int, link_id: int) -> OutgoingLink | None:
+        try:
+            if len(self._links) >= self._config.max_links:
+                raise Overloaded(f"{self._config.max_links} links are open already")
+            link = OutgoingLink(self._node, self._transport, self, spec.peer_address, host, port, link_id)
+        except (OSError, Overloaded) as error:
+            failed = TransferFailed(f"can't connect to {spec.peer_address}: {error}")
+            self._feed(spec.transfer_id, PushLinkLost(failed))
+            return None
+        self._links[spec.peer_address] = link
+        return link
+
+    def _on_ready(self, link: OutgoingLink) -> None:
+        link.is_ready = True
+        for transfer_id in [key for key, used in self._link_of.items() if used is link]:
+            self._feed(transfer_id, LinkOpened(link.max_message_bytes))
+
+    def on_peer_event(self, link: OutgoingLink, transfer_id: TransferId, event: PushEvent) -> None:
+        """A frame about one transfer came over `link`."""
+        if self._link_of.get(transfer_id) is link:
+            self._feed(transfer_id, event)
+
+    def _feed(self, transfer_id: TransferId, event: PushEvent) -> None:
+        session = self._sessions.get(transfer_id)
+        if session is not None:
+            self._handle(session, event)
+
+    def _handle(self, session: PushSession, event: PushEvent) -> None:
+        transfer_id = session.spec.transfer_id
+        link = self._link_of.get(transfer_id)
+        for effect in session.handle(event, self._node.clock()):
+            match effect:
+                case SendToReceiver():
+                    if link is not None:
+                        link.connection.send(effect.frame)
+                case WriteMessage():
+                    job = (transfer_id, effect.sequence_number)
+                    self._waiting[job] = effect
+                    self._pool.request(job, 1)
+                case ReportPush():
+                    self._report(session.spec, effect)
+        if session.phase is PushPhase.ENDED and self._sessions.get(transfer_id) is session:
+            del self._sessions[transfer_id]
+            self._link_of.pop(transfer_id, None)
+            if link is not None:
+                link.last_used_s = self._node.clock()
+
+    def _report(self, spec: PushSpec, effect: ReportPush) -> None:
+        if effect.error is not None:
+            self._node.emit(PushFailed(spec.transfer_id, effect.error))
+            return
+        stats = TransferStats(effect.num_bytes, effect.num_messages, effect.seconds, self._transport.name)
+        self._node.emit(PushDone(spec.transfer_id, stats))
+
+    def _write(self, job: _Job, slot: int, message: WriteMessage) -> None:
+        session = self._sessions.get(job[0])
+        link = self._link_of.get(job[0])
+        if session is None or link is None or not session.is_live:
+            self._pool.free(slot)
+            self._feed(job[0], WriteFinished(message.sequence_number, None))
+            return
+        offset = slot * self._config.slot_bytes
+        part = message.part
+        num_bytes = self._node.store.gather(
+            message.block_table, part.layers, part.tokens, self._staging, offset
+        )
+        assert num_bytes == message.num_bytes, f"gathered {num_bytes} bytes of {message.num_bytes}"
+        checksum = checksum_of(self._staging, offset, num_bytes) if self._checks else None
+        remote_offset = message.slot * link.remote_slot_bytes
+        write_id = self._transport.post_write(link.link_id, offset, remote_offset, num_bytes)
+        self._writing[write_id] = (job, slot, checksum)
+
+    def _on_written(self, write_id: int) -> None:
+        if (found := self._writing.pop(write_id, None)) is None:
+            return
+        job, slot, checksum = found
+        self._pool.free(slot)
+        self._feed(job[0], WriteFinished(job[1], checksum))
+
+    def _drop_writes(self, transfer_ids: set[TransferId]) -> None:
+        for job in [job for job in self._waiting if job[0] in transfer_ids]:
+            del self._waiting[job]
+            self._pool.withdraw(job)
+        until_s = self._node.clock() + self._config.quarantine_s
+        for write_id, (job, _, _) in list(self._writing.items()):
+            if job[0] not in transfer_ids:
+                continue
+            del self._writing[write_id]
+            if self._transport.late_writes:
+                self._pool.quarantine(job, until_s)
+            else:
+                self._pool.release(job)
+
+    def _tick_link(self, link: OutgoingLink, now_s: float) -> None:
+        timeout_s = self._config.progress_timeout_s
+        mine = [key for key, used in self._link_of.items() if used is link]
+        if not link.is_ready:
+            if now_s - link.dialled_s >= self._config.connect_timeout_s:
+                self.lose(
+                    link, TransferTimeout(f"{link.address} did not answer for {now_s - link.dialled_s:.1f} s")
+                )
+            return
+        if mine:
+            link.connection.keep_alive(now_s, timeout_s / 4)
+        elif now_s - link.last_used_s >= self._config.link_idle_s:
+            self.lose(link, TransferFailed("the link was idle"))
+            return
+        stalled = any(self._sessions[key].has_stalled_writes(now_s) for key in mine)
+        if stalled or link.connection.silent_s(now_s) >= timeout_s * 3 / 4:
+            self.lose(link, TransferTimeout(f"{link.address} made no progress for {timeout_s:.1f} s"))
