@@ -1,0 +1,1 @@
+"""The command line: `kvrelay`. Everything heavy is imported inside the commands, so that help is quick."""

@@ -1,0 +1,59 @@
+"""Options of `kvrelay generate`, grouped as `--help` shows them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final
+
+import typer
+
+_SAMPLING: Final = "Sampling"
+_PROMPT: Final = "Prompt"
+
+
+def _sampling_option(flag: str, metavar: str, text: str) -> Any:
+    return typer.Option(flag, metavar=metavar, help=text, rich_help_panel=_SAMPLING)
+
+
+ModelName = Annotated[
+    str, typer.Option("--model", "-m", metavar="NAME", help="Default: the only model that is served.")
+]
+Raw = Annotated[
+    bool, typer.Option("--raw", help="Send the prompt without chat template.", rich_help_panel=_PROMPT)
+]
+System = Annotated[
+    str, typer.Option("--system", metavar="TEXT", help="System message.", rich_help_panel=_PROMPT)
+]
+TokenIds = Annotated[
+    bool,
+    typer.Option(
+        "--token-ids",
+        help="PROMPT is token ids (1,2,3), and so is the answer.",
+        rich_help_panel=_PROMPT,
+    ),
+]
+MaxTokens = Annotated[int | None, _sampling_option("--max-tokens", "N", "Default: 256.")]
+Temperature = Annotated[float | None, _sampling_option("--temperature", "T", "Default: 0, greedy.")]
+TopK = Annotated[int | None, _sampling_option("--top-k", "K", "Default: 0, off.")]
+TopP = Annotated[float | None, _sampling_option("--top-p", "P", "Default: 1, off.")]
+MinP = Annotated[float | None, _sampling_option("--min-p", "P", "Default: 0, off.")]
+RepetitionPenalty = Annotated[float | None, _sampling_option("--repetition-penalty", "X", "Default: 1, off.")]
+PresencePenalty = Annotated[float | None, _sampling_option("--presence-penalty", "X", "Default: 0, off.")]
+FrequencyPenalty = Annotated[float | None, _sampling_option("--frequency-penalty", "X", "Default: 0, off.")]
+Seed = Annotated[int | None, _sampling_option("--seed", "N", "Default: drawn.")]
+StopTokenIds = Annotated[
+    list[int] | None, _sampling_option("--stop-token-id", "ID", "Stop there too. Repeatable.")
+]
+IgnoreEos = Annotated[bool, _sampling_option("--ignore-eos", "", "Go on after an end-of-sequence token.")]
+Logprobs = Annotated[
+    int | None,
+    _sampling_option("--logprobs", "K", "Log-probabilities of the K likeliest tokens, for --json."),
+]
+Timeout = Annotated[
+    float | None,
+    typer.Option("--timeout", metavar="SECONDS", help="Give up after that long. Default: the router's."),
+]
+RequestIdText = Annotated[
+    str, typer.Option("--request-id", metavar="ID", help="How the router's logs call it. Default: drawn.")
+]
+Stats = Annotated[bool, typer.Option("--stats", help="Print placement and timings to stderr.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object at the end instead of the text.")]
