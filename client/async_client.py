@@ -1,0 +1,276 @@
+"""The asynchronous client: what programs on an event loop use, and what `Client` and the proxy stand on."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from types import TracebackType
+from typing import Final, Self
+
+import grpc
+
+from kvrelay.client.addresses import DEFAULT_PORT, parse_addresses
+from kvrelay.client.config import ClientConfig, default_cache_dir
+from kvrelay.client.generation import Generation, GenerationParts
+from kvrelay.client.generation_ask import (
+    DEFAULT_SAMPLING,
+    GenerationAsk,
+    PreparedCall,
+    check_text,
+    check_token_ids,
+    make_ask,
+    prepare_call,
+)
+from kvrelay.client.generation_stream import GenerationStream
+from kvrelay.client.in_flight import InFlight
+from kvrelay.client.model_catalog import ModelCatalog
+from kvrelay.client.model_tokenizer import ModelTokenizer
+from kvrelay.client.request_progress import retry_pause_s
+from kvrelay.client.results import GenerationResult
+from kvrelay.client.router_link import RouterLink
+from kvrelay.client.router_set import RouterSet, unreadable
+from kvrelay.client.tokenizer_cache import TokenizerCache
+from kvrelay.codec.bounds import text as checked_text
+from kvrelay.codec.client_api import (
+    decode_cluster_state,
+    decode_watch_cluster,
+    encode_cancel,
+    encode_watch_cluster,
+)
+from kvrelay.core.client_types import MAX_REQUEST_ID_CHARS
+from kvrelay.core.cluster_view import ClusterState, ModelInfo
+from kvrelay.core.errors import InvalidRequest, KVRelayError, RouterUnavailable, UnknownRequest
+from kvrelay.core.sampling import SamplingParams
+
+DEFAULT_ADDRESS: Final = f"127.0.0.1:{DEFAULT_PORT}"
+DEFAULT_CONFIG: Final = ClientConfig()
+
+
+class AsyncClient:
+    """A client of one cluster, through any of its routers. Use it with ``async with``, on one event loop.
+
+    `addresses` are its routers', ``host[:port]``, in a sequence or separated by commas. Nothing is dialled
+    before it is needed; what a router's loss interrupts goes on through another.
+
+    Raises:
+        ConfigError: no address is given, or one can't be read.
+    """
+
+    def __init__(
+        self, addresses: str | Sequence[str] = DEFAULT_ADDRESS, *, config: ClientConfig = DEFAULT_CONFIG
+    ) -> None:
+        rng = random.Random()
+        cache = TokenizerCache(config.cache_dir or default_cache_dir(os.environ))
+        self._config = config
+        self._rng = rng
+        self._routers = RouterSet(parse_addresses(addresses), config, rng, time.monotonic)
+        self._catalog = ModelCatalog(self._routers, config, cache, time.monotonic)
+        in_flight = InFlight(config.max_requests_in_flight)
+        self._parts = GenerationParts(self._routers, config, rng, in_flight, time.monotonic, self._prepare)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Cancel what is under way and close all connections."""
+        await self._routers.close()
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """The routers, as ``host:port``."""
+        return self._routers.addresses
+
+    @property
+    def num_requests_in_flight(self) -> int:
+        """Requests that have started and not ended."""
+        return self._parts.in_flight.num_requests
+
+    # ---- generating -----------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt: str | Sequence[int] | None = None,
+        *,
+        messages: Sequence[Mapping[str, str]] | None = None,
+        chat: bool = False,
+        model: str = "",
+        sampling: SamplingParams = DEFAULT_SAMPLING,
+        timeout_s: float | None = None,
+        request_id: str = "",
+        cache_salt: bytes = b"",
+        decode_text: bool = True,
+    ) -> GenerationStream:
+        """The answer to `prompt` (text or token ids) or to `messages`, as it comes.
+
+        Text is tokenized as it is; with `chat` it becomes one user message, and `messages` go through the
+        model's chat template. `model` may be left out where one is served. `timeout_s` counts from the
+        first read. `request_id` is drawn unless given. Prompts share cached prefixes only under the same
+        `cache_salt`. `decode_text` False leaves texts empty, and needs no tokenizer.
+
+        Raises:
+            InvalidRequest: naming the `field`; nothing has been sent.
+            ContextLengthExceeded: the prompt is longer than any model takes.
+        """
+        ask = make_ask(
+            prompt,
+            messages,
+            chat=chat,
+            model=model,
+            sampling=sampling,
+            timeout_s=timeout_s,
+            request_id=request_id,
+            cache_salt=cache_salt,
+            decode_text=decode_text,
+        )
+        return GenerationStream(Generation(ask, self._parts))
+
+    async def complete(
+        self,
+        prompt: str | Sequence[int] | None = None,
+        *,
+        messages: Sequence[Mapping[str, str]] | None = None,
+        chat: bool = False,
+        model: str = "",
+        sampling: SamplingParams = DEFAULT_SAMPLING,
+        timeout_s: float | None = None,
+        request_id: str = "",
+        cache_salt: bytes = b"",
+        decode_text: bool = True,
+    ) -> GenerationResult:
+        """The whole answer at once; arguments and errors as for `generate` and its stream."""
+        stream = self.generate(
+            prompt,
+            messages=messages,
+            chat=chat,
+            model=model,
+            sampling=sampling,
+            timeout_s=timeout_s,
+            request_id=request_id,
+            cache_salt=cache_salt,
+            decode_text=decode_text,
+        )
+        async for _ in stream:
+            pass
+        return stream.result
+
+    async def cancel(self, request_id: str) -> None:
+        """Cancel a request by its id, whoever started it, at whichever router has it.
+
+        Raises:
+            UnknownRequest: no router has it.
+            KVRelayError: no router that answered has it, and not all answered.
+        """
+        if not isinstance(request_id, str):
+            raise InvalidRequest(f"request_id must be a string, got {request_id!r}", field="request_id")
+        checked_text(request_id, "request_id", MAX_REQUEST_ID_CHARS, is_required=True)
+
+        async def cancel_at(link: RouterLink) -> None:
+            await link.stub.Cancel(encode_cancel(request_id), timeout=self._config.call_timeout_s)
+
+        outcomes = (await self._routers.call_each(cancel_at)).values()
+        if None in outcomes:
+            return
+        raise next(
+            (error for error in outcomes if error and not isinstance(error, UnknownRequest)), None
+        ) or (UnknownRequest(f"no router has a live request {request_id!r}", field="request_id"))
+
+    # ---- looking --------------------------------------------------------------------------------
+
+    async def list_models(self) -> tuple[ModelInfo, ...]:
+        """The models that are served now."""
+        return await self._catalog.list_models()
+
+    async def cluster_state(self) -> ClusterState:
+        """The cluster as one router sees it now."""
+        return await self._routers.call(self._cluster_state_at)
+
+    async def watch_cluster(self, interval_s: float = 0.0) -> AsyncGenerator[ClusterState, None]:
+        """The cluster now, then again at every change, `interval_s` apart at least (0: the router's
+        default). Goes on through another router when one is lost.
+
+        Raises:
+            InvalidRequest: `interval_s` is out of range.
+            RouterUnavailable: no router has answered for a while.
+        """
+        decode_watch_cluster(encode_watch_cluster(interval_s))
+        num_failures, last = 0, ""
+        while True:
+            try:
+                link = await self._routers.connect(last=last)
+                last = link.address
+                async with aclosing(self._watch_at(link, interval_s)) as states:
+                    async for state in states:
+                        num_failures = 0
+                        yield state
+            except KVRelayError as error:
+                num_failures += 1
+                if not error.retryable or num_failures > self._config.max_retries:
+                    raise
+                await asyncio.sleep(retry_pause_s(num_failures - 1, error, self._config, self._rng))
+
+    async def _cluster_state_at(self, link: RouterLink) -> ClusterState:
+        call = link.stub.WatchCluster(encode_watch_cluster(once=True), timeout=self._config.call_timeout_s)
+        try:
+            async for pb in call:
+                return decode_cluster_state(pb)
+        except InvalidRequest as error:
+            raise unreadable(link.address, error) from error
+        finally:
+            call.cancel()
+        raise RouterUnavailable(f"router {link.address} showed no cluster state")
+
+    # ---- tokenizing -----------------------------------------------------------------------------
+
+    async def tokenizer(self, model: str = "") -> ModelTokenizer:
+        """The model's tokenizer and chat template, fetched once and kept.
+
+        Raises:
+            InvalidRequest: no router has a tokenizer of it, or `model` is empty and several are served.
+            UnknownModel: it is not served.
+        """
+        if not isinstance(model, str):
+            raise InvalidRequest(f"model must be a string, got {model!r}", field="model")
+        info = await self._catalog.find(model)
+        found = await self._catalog.tokenizer_of(info)
+        if found is None:
+            raise InvalidRequest(f"model {info.name!r} has no tokenizer; send token ids", field="model")
+        return found
+
+    async def tokenize(
+        self, text: str, *, model: str = "", add_special_tokens: bool = True
+    ) -> tuple[int, ...]:
+        """Token ids of a text, as `generate` makes them of a prompt."""
+        check_text(text, "text")
+        return (await self.tokenizer(model)).encode(text, add_special_tokens=add_special_tokens)
+
+    async def detokenize(
+        self, token_ids: Sequence[int], *, model: str = "", skip_special_tokens: bool = True
+    ) -> str:
+        """Text of token ids."""
+        check_token_ids(token_ids, "token_ids")
+        return (await self.tokenizer(model)).decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    async def _prepare(self, ask: GenerationAsk) -> PreparedCall:
+        return await prepare_call(ask, self._catalog)
+
+    async def _watch_at(self, link: RouterLink, interval_s: float) -> AsyncGenerator[ClusterState, None]:
+        call = link.stub.WatchCluster(encode_watch_cluster(interval_s))
+        try:
+            async for pb in call:
+                yield decode_cluster_state(pb)
+        except InvalidRequest as error:
+            raise unreadable(link.address, error) from error
+        except grpc.aio.AioRpcError as error:
+            raise self._routers.fault_of(link, error) from error
+        finally:
+            call.cancel()
+        raise RouterUnavailable(f"router {link.address} ended the watch")

@@ -1,0 +1,90 @@
+"""Where a session leaves what came for one request until its reader takes it. Bounded, one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvrelay.core.client_types import CallFinished
+from kvrelay.core.errors import KVRelayError
+from kvrelay.core.request import TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptFailed:
+    """An attempt's end. `is_final`: this client ended it, so it must not be repeated; `lost_router`: its
+    router is gone, rather than having refused it."""
+
+    error: KVRelayError
+    is_final: bool = False
+    lost_router: bool = False
+
+
+AttemptEnd = CallFinished | AttemptFailed
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """All that had come; `arrivals_s` has one entry per token."""
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None]
+    arrivals_s: list[float]
+    end: AttemptEnd | None
+
+
+class Mailbox:
+    """One reader, one session at a time."""
+
+    __slots__ = ("_arrivals_s", "_end", "_logprobs", "_max_tokens", "_token_ids", "_waiter")
+
+    def __init__(self, max_tokens: int) -> None:
+        self._max_tokens = max_tokens
+        self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprobs | None] = []
+        self._arrivals_s: list[float] = []
+        self._end: AttemptEnd | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def has_reader(self) -> bool:
+        """Whether someone waits for something to come."""
+        return self._waiter is not None
+
+    def put_tokens(
+        self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None], now_s: float
+    ) -> bool:
+        """Add tokens; False: there is no room, and nothing was added."""
+        if len(self._token_ids) + len(token_ids) > self._max_tokens:
+            return False
+        if logprobs or self._logprobs:
+            self._logprobs += [None] * (len(self._token_ids) - len(self._logprobs))
+            self._logprobs += logprobs or [None] * len(token_ids)
+        self._token_ids += token_ids
+        self._arrivals_s += [now_s] * len(token_ids)
+        self._wake()
+        return True
+
+    def put_end(self, end: AttemptEnd) -> None:
+        """The attempt is over; the first end counts."""
+        if self._end is None:
+            self._end = end
+            self._wake()
+
+    async def take(self) -> Delivery:
+        """Everything that came since; waits until there is something. An end is handed out once."""
+        if not self._token_ids and self._end is None:
+            assert self._waiter is None, "a stream has one reader"
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        delivery = Delivery(self._token_ids, self._logprobs, self._arrivals_s, self._end)
+        self._token_ids, self._logprobs, self._arrivals_s, self._end = [], [], [], None
+        return delivery
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

@@ -1,0 +1,113 @@
+"""A model's tokenizer, as a router gives it: text to tokens, chat to tokens, tokens to text."""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections.abc import Collection, Mapping, Sequence
+from typing import Final
+
+from tokenizers import Tokenizer
+
+from kvrelay.client.chat_template import ChatTemplate
+from kvrelay.client.detokenizer import Detokenizer
+from kvrelay.core.errors import InvalidRequest, KVRelayError
+
+MAX_UNPACKED_BYTES: Final = 512 << 20
+_BYTE_TOKEN: Final = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+class ModelTokenizer:
+    """Built from a tokenizer bundle: zlib-compressed JSON with ``tokenizer``, ``chat_template`` and
+    ``special_tokens``. Immutable; may be shared between threads.
+
+    Raises:
+        KVRelayError: the bundle can't be read.
+    """
+
+    def __init__(self, bundle: bytes) -> None:
+        content = _unpack(bundle)
+        try:
+            # What is right for training batches would pad and cut prompts here.
+            self.tokenizer: Tokenizer = Tokenizer.from_str(json.dumps(content.get("tokenizer")))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise KVRelayError(f"the model's tokenizer can't be read: {error}") from error
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        self.special_tokens: Mapping[str, str] = _special_tokens(content.get("special_tokens"))
+        template = content.get("chat_template")
+        self.chat_template = (
+            ChatTemplate(template, self.special_tokens) if isinstance(template, str) and template else None
+        )
+        self._special_ids = frozenset(
+            token_id for token_id, token in self.tokenizer.get_added_tokens_decoder().items() if token.special
+        )
+        self._byte_ids = self._find_byte_ids(content["tokenizer"])
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """Token ids of `text`; `add_special_tokens` adds what the model wants around it (a BOS, mostly)."""
+        return tuple(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, object] | None = None,
+    ) -> tuple[int, ...]:
+        """Token ids of a conversation, by the model's chat template.
+
+        Raises:
+            InvalidRequest: the model has no chat template, or it refuses these messages.
+        """
+        if self.chat_template is None:
+            raise InvalidRequest(
+                "messages can't be used: the model has no chat template; send a prompt", field="messages"
+            )
+        text = self.chat_template.render(
+            messages, tools=tools, add_generation_prompt=add_generation_prompt, variables=variables
+        )
+        return self.encode(text, add_special_tokens=False)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of a whole token sequence."""
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def detokenizer(self, *, hidden_ids: Collection[int] = ()) -> Detokenizer:
+        """A fresh incremental decoder, for one output; special tokens and `hidden_ids` are not shown."""
+        return Detokenizer(
+            self.tokenizer.decode, hidden_ids=self._special_ids.union(hidden_ids), byte_ids=self._byte_ids
+        )
+
+    def _find_byte_ids(self, tokenizer: object) -> frozenset[int]:
+        decoder = tokenizer.get("decoder") if isinstance(tokenizer, dict) else None
+        if '"ByteFallback"' not in json.dumps(decoder):
+            return frozenset()
+        vocab = self.tokenizer.get_vocab(with_added_tokens=True)
+        return frozenset(token_id for token, token_id in vocab.items() if _BYTE_TOKEN.fullmatch(token))
+
+
+def _unpack(bundle: bytes) -> dict[str, object]:
+    try:
+        unpacker = zlib.decompressobj()
+        text = unpacker.decompress(bundle, MAX_UNPACKED_BYTES)
+        if not unpacker.eof:
+            raise ValueError(f"it is cut short, or over {MAX_UNPACKED_BYTES} bytes")
+        content = json.loads(text)
+        if not isinstance(content, dict) or not isinstance(content.get("tokenizer"), dict):
+            raise ValueError("it holds no tokenizer")
+    except (zlib.error, ValueError, RecursionError) as error:
+        raise KVRelayError(f"the model's tokenizer bundle can't be read: {error}") from error
+    return content
+
+
+def _special_tokens(value: object) -> dict[str, str]:
+    """Names to texts; a token is given as its text, or as an object with ``content``."""
+    if not isinstance(value, dict):
+        return {}
+    texts = {
+        name: token.get("content") if isinstance(token, dict) else token for name, token in value.items()
+    }
+    return {str(name): text for name, text in texts.items() if isinstance(text, str)}

@@ -1,0 +1,130 @@
+"""The cluster's answers are the model's own: what `transformers` and the engine alone give, token for token."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from kvrelay.core.request import TokenRequest
+from kvrelay.core.sampling import SamplingParams
+from kvrelay.engine.embedded_model import ensure_smollm2
+
+pytestmark = [pytest.mark.cluster, pytest.mark.model]
+NUM_TOKENS = 12
+
+TEXTS = [
+    "The",
+    "Hello",
+    "Once upon a time there was a fox who",
+    "def fibonacci(n):\n    ",
+    "The capital of France is",
+    "1, 2, 3, 4,",
+    "Dear Sir or Madam,\n\nI am writing to",
+    "SELECT name, age FROM users WHERE",
+    "In 1969, the first humans",
+    "Le chat est sur la",
+    "Die Hauptstadt von Deutschland ist",
+    "今日は",
+    "Привет, как",
+    "🙂🙂🙂",
+    "A list of colours:\n- red\n- green\n-",
+    "Q: What is 2 + 2?\nA:",
+    '{"name": "Ada", "born":',
+    "<html><head><title>",
+    "To be, or not to be, that is",
+    "The quick brown fox jumps over the lazy dog. " * 6,
+    "Water boils at one hundred degrees. " * 20,
+]
+SHARED = "You are a careful assistant who answers in one short sentence and never guesses. " * 8
+QUESTIONS = [
+    "What is ice?",
+    "Who wrote Hamlet?",
+    "Name a prime number.",
+    "What is a router?",
+    "Is the sun a star?",
+]
+LONG_WORDS = [300, 700, 1100, 1500]
+
+
+def _prompts(tokenizer) -> list[tuple[int, ...]]:
+    """At least 30 prompts of 1 to 2,000 tokens, several sharing a long prefix."""
+    texts = TEXTS + [SHARED + question for question in QUESTIONS]
+    texts += [" ".join(f"item {i} costs {i * 7 % 100} coins," for i in range(n // 9)) for n in LONG_WORDS]
+    prompts = [tuple(tokenizer.encode(text)) for text in texts]
+    prompts.append(tuple(tokenizer.encode("The old library held many books. " * 400))[:2000])
+    assert len(prompts) >= 30
+    assert min(map(len, prompts)) == 1
+    assert max(map(len, prompts)) == 2000
+    return prompts
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    return ensure_smollm2()
+
+
+@pytest.fixture(scope="module")
+def cluster(module_starter, smollm2: Path):
+    return module_starter.start(1, 1, ["--model", str(smollm2), "--dtype", "float32", "--num-blocks", "1024"])
+
+
+async def _ask_all(cluster, requests: list[TokenRequest], at_once: int) -> list[tuple[int, ...]]:
+    gate = asyncio.Semaphore(at_once)
+    async with cluster.client() as client:
+
+        async def ask(request: TokenRequest) -> tuple[int, ...]:
+            async with gate:
+                return (await client.complete(request.token_ids, sampling=request.sampling)).token_ids
+
+        return list(await asyncio.gather(*(ask(request) for request in requests)))
+
+
+async def test_greedy_output_equals_transformers_and_the_engine_alone(
+    cluster, run_alone, smollm2: Path
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    prompts = _prompts(AutoTokenizer.from_pretrained(smollm2))
+    sampling = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
+    requests = [TokenRequest(prompt, len(prompt), sampling) for prompt in prompts]
+    answers = await _ask_all(cluster, requests, at_once=8)
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = torch.tensor([prompt])
+        reference = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=NUM_TOKENS,
+            min_new_tokens=NUM_TOKENS,
+            eos_token_id=None,
+        )[0, len(prompt) :]
+        assert answer == tuple(reference.tolist()), f"prompt of {len(prompt)} tokens: {prompt[:12]}"
+    assert run_alone(smollm2, requests) == answers
+    await cluster.wait_idle()
+
+
+async def test_sampled_output_with_a_seed_is_the_same_alone_in_a_batch_and_through_the_cluster(
+    cluster, run_alone, smollm2: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    prompts = _prompts(AutoTokenizer.from_pretrained(smollm2))[:10]
+    requests = [
+        TokenRequest(
+            prompt,
+            len(prompt),
+            SamplingParams(max_tokens=16, temperature=0.8, top_p=0.95, seed=1000 + i, ignore_eos=True),
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+    one_by_one = [run_alone(smollm2, [request])[0] for request in requests[:3]]
+    batch = run_alone(smollm2, requests)
+    through_cluster = await _ask_all(cluster, requests, at_once=10)
+    assert batch[:3] == one_by_one
+    assert through_cluster == batch
+    assert len(set(batch)) == len(batch)
+    await cluster.wait_idle()
