@@ -33,7 +33,7 @@ def running_service(role: str, args: Sequence[str]) -> Iterator[LocalService]:
         with log_file.open("wb") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
         try:
-            _wait_for_file(ready_file, process, log_file)
+            wait_for_file(ready_file, process, log_file)
             yield LocalService(role, process.pid, json.loads(ready_file.read_text()))
         finally:
             process.terminate()
@@ -44,7 +44,8 @@ def running_service(role: str, args: Sequence[str]) -> Iterator[LocalService]:
                 process.wait()
 
 
-def _wait_for_file(path: Path, process: subprocess.Popen[bytes], log_file: Path) -> None:
+def wait_for_file(path: Path, process: subprocess.Popen[bytes], log_file: Path) -> None:
+    """Until `path` exists; ends the program with the log's end if the process dies before."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while not path.exists():
         if process.poll() is not None or time.monotonic() > deadline:

@@ -1,7 +1,9 @@
-"""What the router costs per streamed token: one `Session`, many paced streams, fake nodes in a process of
-their own. CPU time is the router process's alone.
+"""What the router costs per streamed token: many paced streams on one `Session`, CPU of its process.
 
-    python -m benchmarks.router_session --streams 256 --step-ms 20 --seconds 8 --json
+Three rows of one run: a bare grpc.aio relay (the floor: frames in, messages out, no ledger), the router with
+the same fake nodes, and the router with real `sim` nodes. TTFT is that of an idle cluster.
+
+    python -m benchmarks.router_session [--json] [--streams 256] [--step-ms 20] [--seconds 8]
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,266 +25,159 @@ import grpc
 import psutil
 import uvloop
 
-from kvrelay.codec.client_api import encode_generate, encode_session_ask
-from kvrelay.codec.cluster import decode_router_frame, encode_hello, encode_node_frame
-from kvrelay.core.client_types import GenerateCall, SessionAsk
-from kvrelay.core.ids import AttemptId, NodeId
-from kvrelay.core.kv import KVFingerprint
-from kvrelay.core.node_messages import (
-    AttemptFinished,
-    HandoffVerified,
-    KVReleased,
-    NodeDescription,
-    NodeFrame,
-    PrefillFinished,
-    ReleaseKV,
-    Report,
-    Reserved,
-    ReserveDecode,
-    Role,
-    StartPrefill,
-    TokenBatch,
+from benchmarks.fake_nodes import CHANNEL_OPTIONS, END
+from benchmarks.local_cluster import LocalService, running_service, wait_for_file
+from kvrelay.codec.client_api import (
+    decode_cluster_state,
+    encode_generate,
+    encode_session_ask,
+    encode_watch_cluster,
 )
-from kvrelay.core.request import FinishReason, TokenRequest
+from kvrelay.core.client_types import GenerateCall, SessionAsk
+from kvrelay.core.request import TokenRequest
 from kvrelay.core.sampling import SamplingParams
-from kvrelay.v1 import cluster_pb2_grpc, router_pb2_grpc
+from kvrelay.v1 import router_pb2_grpc
 
-_END = grpc.aio.EOF  # type: ignore[attr-defined]  # missing in the stubs
-_CHANNEL_OPTIONS = (("grpc.max_receive_message_length", 64 << 20),)
-
-
-# ---- the fake nodes' process ------------------------------------------------------------------------
-
-
-class FakeNodes:
-    """One prefill and some decode nodes whose engines take no time but the paced step's."""
-
-    def __init__(self, address: str, num_decode: int, step_s: float) -> None:
-        self._address = address
-        self._num_decode = num_decode
-        self._step_s = step_s
-        self._prefilled: set[int] = set()
-        self._reserved: dict[int, tuple[Any, TokenRequest]] = {}
-        self._running: dict[Any, dict[int, list[int]]] = {}
-        self._frames: dict[Any, asyncio.Queue[NodeFrame]] = {}
-
-    async def run(self) -> None:
-        stub = cluster_pb2_grpc.ClusterStub(  # type: ignore[no-untyped-call]
-            grpc.aio.insecure_channel(self._address, options=_CHANNEL_OPTIONS)
-        )
-        nodes = [(Role.PREFILL, "p0")] + [(Role.DECODE, f"d{i}") for i in range(self._num_decode)]
-        async with asyncio.TaskGroup() as group:
-            for role, name in nodes:
-                call = stub.Attach()
-                await call.write(encode_hello(_describe(name, role)))
-                await call.read()
-                self._frames[call] = asyncio.Queue(maxsize=1024)
-                group.create_task(self._write(call))
-                group.create_task(self._read(call))
-                group.create_task(self._beat(call))
-                if role is Role.DECODE:
-                    self._running[call] = {}
-                    group.create_task(self._decode(call))
-
-    async def _write(self, call: Any) -> None:
-        while True:
-            await call.write(encode_node_frame(await self._frames[call].get()))
-
-    async def _send(self, call: Any, frame: NodeFrame) -> None:
-        await self._frames[call].put(frame)
-
-    async def _read(self, call: Any) -> None:
-        while (received := await call.read()) is not _END:
-            for command in decode_router_frame(received).commands:
-                await self._obey(call, command)
-
-    async def _obey(self, call: Any, command: StartPrefill | ReserveDecode | ReleaseKV) -> None:
-        attempt = command.attempt
-        if isinstance(command, StartPrefill):
-            batch = TokenBatch([attempt], [command.request.num_output_tokens], [1], [7])
-            reports: tuple[Report, ...] = (PrefillFinished(attempt, 0, 0.0, 0.0), KVReleased(attempt))
-            await self._send(call, NodeFrame(batch, reports))
-            self._prefilled.add(attempt)
-        elif isinstance(command, ReserveDecode):
-            self._reserved[attempt] = (call, command.request)
-            await self._send(call, NodeFrame(reports=(Reserved(attempt, 0),)))
-        else:
-            self._running.get(call, {}).pop(attempt, None)
-            await self._send(call, NodeFrame(reports=(KVReleased(attempt),)))
-        self._hand_off()
-
-    def _hand_off(self) -> None:
-        for attempt in self._prefilled & self._reserved.keys():
-            self._prefilled.discard(attempt)
-            call, request = self._reserved.pop(attempt)
-            self._running[call][attempt] = [request.num_output_tokens + 1, request.sampling.max_tokens]
-
-    async def _beat(self, call: Any) -> None:
-        while True:
-            await asyncio.sleep(1.0)
-            await self._send(call, NodeFrame())
-
-    async def _decode(self, call: Any) -> None:
-        running, verified = self._running[call], set[int]()
-        due_s = time.monotonic()
-        while True:
-            due_s = max(due_s + self._step_s, time.monotonic() - self._step_s)
-            await asyncio.sleep(max(0.0, due_s - time.monotonic()))
-            if not running:
-                continue
-            fresh = running.keys() - verified
-            verified |= fresh
-            reports: list[Report] = [
-                HandoffVerified(AttemptId(attempt), 1, 1, 0.0, "fake") for attempt in fresh
-            ]
-            attempts = list(running)
-            indices = [state[0] for state in running.values()]
-            for attempt in attempts:
-                state = running[attempt]
-                state[0] += 1
-                if state[0] >= state[1]:
-                    del running[attempt]
-                    verified.discard(attempt)
-                    reports.append(AttemptFinished(AttemptId(attempt), FinishReason.LENGTH))
-            batch = TokenBatch(attempts, indices, [1] * len(attempts), [7] * len(attempts))
-            await self._send(call, NodeFrame(batch, tuple(reports)))
-
-
-def _describe(name: str, role: Role) -> NodeDescription:
-    return NodeDescription(
-        node_id=NodeId(name),
-        incarnation=1,
-        role=role,
-        model="m",
-        engine="fake",
-        fingerprint=KVFingerprint("m", "float32", 1, 1, 1, ""),
-        vocab_size=50_000,
-        max_model_len=1 << 20,
-        num_blocks=1 << 20,
-        block_size=16,
-        max_num_seqs=1024,
-        transfer_address="127.0.0.1:9" if role is Role.DECODE else "",
-    )
-
-
-# ---- the client and what it measures ----------------------------------------------------------------
+MAX_TOKENS = 1 << 16
+ROUTER_FLAGS = [
+    "--host=127.0.0.1",
+    "--port=0",
+    "--http-port=0",
+    "--log-level=warning",
+    "--max-prefill-requests-per-node=4096",
+    "--max-prefill-tokens-per-node=1073741824",
+]
 
 
 def _call(prompt_tokens: int, max_tokens: int) -> GenerateCall:
-    request = TokenRequest(
-        tuple(range(1, prompt_tokens + 1)), prompt_tokens, SamplingParams(max_tokens=max_tokens)
-    )
-    return GenerateCall("", "m", request)
+    sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    return GenerateCall("", "", TokenRequest(tuple(range(1, prompt_tokens + 1)), prompt_tokens, sampling))
 
 
 async def _ttft_s(stub: Any, num_requests: int) -> list[float]:
-    """Of single-token requests on an idle cluster whose prefill takes no time: what the router adds."""
+    """Of requests of few tokens, one after the other."""
     measured = []
     for _ in range(num_requests):
         began_s = time.perf_counter()
-        call = stub.Generate(encode_generate(_call(128, 1)))
-        while (response := await call.read()) is not _END:
-            if response.WhichOneof("kind") == "tokens":
+        call = stub.Generate(encode_generate(_call(128, 2)))
+        is_first = True
+        while (response := await call.read()) is not END:
+            if is_first and response.WhichOneof("kind") == "tokens":
                 measured.append(time.perf_counter() - began_s)
+                is_first = False
     return measured
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    """CPU seconds of all threads, from the scheduler's own nanosecond count."""
+    threads = Path(f"/proc/{process.pid}/task").iterdir()
+    return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) / 1e9
 
 
 async def _stream(stub: Any, args: argparse.Namespace, router: psutil.Process) -> dict[str, float]:
     session = stub.Session()
-    calls = tuple((number, _call(args.prompt_tokens, 1 << 19)) for number in range(args.streams))
+    calls = tuple((number, _call(args.prompt_tokens, MAX_TOKENS)) for number in range(args.streams))
     await session.write(encode_session_ask(SessionAsk(calls)))
-    seen: set[int] = set()
-    while len(seen) < args.streams:
-        seen.update((await session.read()).stream_ids)
+    tokens_seen: dict[int, int] = {}
+    while len(tokens_seen) < args.streams or min(tokens_seen.values()) < 3:  # until all decode
+        response = await session.read()
+        assert not response.failed, response.failed
+        for stream_id in response.stream_ids:
+            tokens_seen[stream_id] = tokens_seen.get(stream_id, 0) + 1
     num_tokens = num_messages = 0
-    before, began_s = router.cpu_times(), time.perf_counter()
+    before_s, began_s = _cpu_s(router), time.perf_counter()
     while (now_s := time.perf_counter()) - began_s < args.seconds:
         num_tokens += len((await session.read()).token_ids)
         num_messages += 1
-    after = router.cpu_times()
-    cpu_s = after.user + after.system - before.user - before.system
+    cpu_s = _cpu_s(router) - before_s
     session.cancel()
     return {
         "router_cpu_us_per_token": cpu_s / num_tokens * 1e6,
         "tokens_per_s": num_tokens / (now_s - began_s),
         "tokens_per_message": num_tokens / num_messages,
-        "router_cpu_share": cpu_s / (now_s - began_s),
+        "router_cpu_percent": 100 * cpu_s / (now_s - began_s),
     }
 
 
-async def _measure(address: str, args: argparse.Namespace, pid: int) -> dict[str, float]:
-    router = psutil.Process(pid)
-    options = (*_CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
+async def _measure(address: str, args: argparse.Namespace, service: LocalService) -> dict[str, float]:
+    """A bare relay answers no `Generate`, so it has no TTFT."""
+    router = psutil.Process(service.pid)
+    options = (*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
     async with grpc.aio.insecure_channel(address, options=options) as channel:
         stub = router_pb2_grpc.RouterStub(channel)  # type: ignore[no-untyped-call]
-        ttft_s = [] if args.bare else (await _ttft_s(stub, 220))[20:]
-        before, began_s = router.cpu_times(), time.perf_counter()
-        await asyncio.sleep(args.idle_seconds)
-        after = router.cpu_times()
-        idle_s = after.user + after.system - before.user - before.system
+        await _wait_for_nodes(stub, args.decode_nodes + 1)
+        ttft_s = (await _ttft_s(stub, 120))[20:] if service.role == "router" else []
         figures = await _stream(stub, args, router)
-    return {
-        **figures,
-        "ttft_p50_ms": statistics.median(ttft_s or [0.0]) * 1e3,
-        "idle_cpu_share": idle_s / (time.perf_counter() - began_s) if args.idle_seconds else 0.0,
-        "router_rss_mb": router.memory_info().rss / 1e6,
-    }
+    if ttft_s:
+        figures["ttft_p50_ms"] = statistics.median(ttft_s) * 1e3
+    return {**figures, "router_rss_mb": router.memory_info().rss / 1e6}
 
 
-_ROUTER = """
-import sys
-from kvrelay.router.main import run_router
-from kvrelay.router.config import RouterCoreConfig
-from kvrelay.router.server_config import RouterConfig
-core = RouterCoreConfig(max_prefill_requests_per_node=4096, max_prefill_tokens_per_node=1 << 30)
-sys.exit(run_router(RouterConfig(listen_host="127.0.0.1", grpc_port=0, http_port=0, ready_file=sys.argv[1],
-    log_level="warning", core=core, drain_timeout_s=0.0)))
-"""
+async def _wait_for_nodes(stub: Any, number: int) -> None:
+    watch = stub.WatchCluster(encode_watch_cluster(0.1))
+    while len(decode_cluster_state(await watch.read()).nodes) < number:
+        pass
+    watch.cancel()
 
 
-def _wait_ready(ready_file: Path, process: subprocess.Popen[bytes]) -> dict[str, Any]:
-    deadline_s = time.monotonic() + 30
-    while not ready_file.exists():
-        if process.poll() is not None or time.monotonic() > deadline_s:
-            raise SystemExit("the router did not start")
-        time.sleep(0.02)
-    facts: dict[str, Any] = json.loads(ready_file.read_text())
-    return facts
+@contextmanager
+def _fake_nodes(address: str, args: argparse.Namespace) -> Iterator[None]:
+    command = [sys.executable, "-m", "benchmarks.fake_nodes", address, "--step-ms", str(args.step_ms)]
+    process = subprocess.Popen([*command, "--decode-nodes", str(args.decode_nodes)])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
-async def _wait_for_nodes(address: str, number: int) -> None:
-    from kvrelay.codec.client_api import decode_cluster_state, encode_watch_cluster
-
-    async with grpc.aio.insecure_channel(address) as channel:
-        watch = router_pb2_grpc.RouterStub(channel).WatchCluster(  # type: ignore[no-untyped-call]
-            encode_watch_cluster(0.1)
-        )
-        while len(decode_cluster_state(await watch.read()).nodes) < number:
-            pass
-        watch.cancel()
-
-
-def run(args: argparse.Namespace) -> dict[str, float]:
-    """Start router and nodes, measure, stop them."""
+@contextmanager
+def _bare_relay() -> Iterator[LocalService]:
     with tempfile.TemporaryDirectory() as folder:
         ready_file = Path(folder) / "ready.json"
-        program = [str(Path(__file__).with_name("bare_relay.py"))] if args.bare else ["-c", _ROUTER]
-        router = subprocess.Popen([sys.executable, *program, str(ready_file)])
-        nodes: subprocess.Popen[bytes] | None = None
+        process = subprocess.Popen([sys.executable, "-m", "benchmarks.bare_relay", str(ready_file)])
         try:
-            facts = _wait_ready(ready_file, router)
-            address = str(facts["grpc_address"])
-            command = [sys.executable, __file__, "--nodes-of", address]
-            command += ["--decode-nodes", str(args.decode_nodes), "--step-ms", str(args.step_ms)]
-            nodes = subprocess.Popen(command)
-            with closing(uvloop.new_event_loop()) as loop:
-                loop.run_until_complete(_wait_for_nodes(address, args.decode_nodes + 1))
-                return loop.run_until_complete(_measure(address, args, int(facts["pid"])))
+            wait_for_file(ready_file, process, ready_file)
+            yield LocalService("relay", process.pid, json.loads(ready_file.read_text()))
         finally:
-            for process in (nodes, router):
-                if process is not None:
-                    process.terminate()
-                    process.wait()
+            process.kill()
+            process.wait()
+
+
+def _run(args: argparse.Namespace, which: str) -> dict[str, float]:
+    with ExitStack() as stack:
+        if which == "bare relay":
+            router = stack.enter_context(_bare_relay())
+        else:
+            router = stack.enter_context(running_service("router", ROUTER_FLAGS))
+        address = router.ready["grpc_address"]
+        if which == "router, sim nodes":
+            for role, count in (("prefill", 1), ("decode", args.decode_nodes)):
+                for _ in range(count):
+                    stack.enter_context(running_service(role, _sim_flags(address, args)))
+        else:
+            stack.enter_context(_fake_nodes(address, args))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_measure(address, args, router))
+
+
+def _sim_flags(address: str, args: argparse.Namespace) -> list[str]:
+    return [
+        f"--router={address}",
+        "--model=sim",
+        "--log-level=warning",
+        f"--num-blocks={args.streams * 128}",
+        f"--max-num-seqs={args.streams}",
+        "--max-num-batched-tokens=4096",
+        f"--max-waiting={4 * args.streams}",
+        "--sim-prefill-base-s=0",
+        "--sim-prefill-token-s=0",
+        f"--sim-decode-base-s={args.step_ms / 1e3}",
+        "--sim-decode-seq-s=0",
+    ]
+
+
+ROWS = ("bare relay", "router, fake nodes", "router, sim nodes")
 
 
 def main() -> None:
@@ -290,21 +186,19 @@ def main() -> None:
     parser.add_argument("--decode-nodes", type=int, default=1)
     parser.add_argument("--step-ms", type=float, default=20.0, help="a decode step; 0 is unpaced")
     parser.add_argument("--seconds", type=float, default=8.0)
-    parser.add_argument("--idle-seconds", type=float, default=5.0)
     parser.add_argument("--prompt-tokens", type=int, default=100)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--bare", action="store_true", help="measure a bare grpc.aio relay instead")
-    parser.add_argument("--nodes-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.nodes_of:
-        uvloop.run(FakeNodes(args.nodes_of, args.decode_nodes, args.step_ms / 1e3).run())
-        return
-    figures = run(args)
+    figures = {which: _run(args, which) for which in ROWS}
     if args.json:
         print(json.dumps(figures))
         return
-    for name, value in figures.items():
-        print(f"{name:26} {value:12.3f}")
+    print(f"{args.streams} streams on one Session, a decode step of {args.step_ms:g} ms")
+    names = list(dict.fromkeys(name for row in figures.values() for name in row))
+    print(f"{'':26}" + "".join(f"{which:>22}" for which in ROWS))
+    for name in names:
+        cells = (figures[which].get(name) for which in ROWS)
+        print(f"{name:26}" + "".join(f"{'–' if cell is None else f'{cell:.2f}':>22}" for cell in cells))
 
 
 if __name__ == "__main__":

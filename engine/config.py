@@ -1,0 +1,81 @@
+"""How an engine is to be built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Final
+
+from kvrelay.core.errors import ConfigError
+from kvrelay.engine.sim.timing import SimTiming
+
+DEFAULT_KV_BYTES: Final = 1 << 30
+
+
+class EngineKind(StrEnum):
+    """Which engine a node runs."""
+
+    TORCH = "torch"
+    SIM = "sim"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Everything that `load_engine` needs, validated when built.
+
+    `model` is the path of a Hugging Face folder (torch) or any name (sim); `served_name` what clients call
+    it, by default the folder's or model's name. The KV pool has `num_blocks` blocks, or, where that is
+    None, as many as `kv_bytes` hold. `max_model_len` None: the model's own, or the KV pool's if that is
+    smaller. `num_threads` None: as many as torch takes by itself. `layers_per_group` None: layers are
+    grouped so that one group's KV of a chunk is at least 1 MiB.
+
+    Raises:
+        ConfigError: lists all the faults, one a line.
+    """
+
+    model: str
+    engine: EngineKind = EngineKind.TORCH
+    served_name: str | None = None
+    dtype: str = "float32"
+    device: str = "cpu"
+    num_blocks: int | None = None
+    kv_bytes: int = DEFAULT_KV_BYTES
+    block_size: int = 16
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    max_model_len: int | None = None
+    max_waiting: int = 256
+    num_threads: int | None = None
+    layers_per_group: int | None = None
+    sim_vocab_size: int = 32_000
+    sim_timing: SimTiming = field(default_factory=SimTiming)
+
+    def __post_init__(self) -> None:
+        faults = [
+            f"{name} must be from {low} to {high}, got {value!r}"
+            for name, value, low, high in (
+                ("num_blocks", self.num_blocks, 2, 1 << 28),
+                ("kv_bytes", self.kv_bytes, 1 << 10, 1 << 44),
+                ("block_size", self.block_size, 1, 1024),
+                ("max_num_seqs", self.max_num_seqs, 1, 1 << 16),
+                ("max_num_batched_tokens", self.max_num_batched_tokens, 1, 1 << 20),
+                ("max_model_len", self.max_model_len, 2, 1 << 24),
+                ("max_waiting", self.max_waiting, 0, 1 << 20),
+                ("num_threads", self.num_threads, 1, 1024),
+                ("layers_per_group", self.layers_per_group, 1, 1 << 16),
+                ("sim_vocab_size", self.sim_vocab_size, 2, 1 << 24),
+            )
+            if value is not None and not (type(value) is int and low <= value <= high)
+        ]
+        if self.engine not in tuple(EngineKind):
+            faults.append(f"engine must be one of {', '.join(EngineKind)}, got {self.engine!r}")
+        if self.dtype not in ("float32", "bfloat16"):
+            faults.append(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
+        if self.device != "cpu":
+            faults.append(f"device must be cpu, got {self.device!r}")
+        if not self.model:
+            faults.append("model must not be empty")
+        if not faults and self.max_num_batched_tokens < self.max_num_seqs:
+            faults.append("max_num_batched_tokens must be at least max_num_seqs: each step decodes them all")
+        if faults:
+            raise ConfigError("\n".join(faults))

@@ -1,0 +1,1 @@
+"""Decoder-only transformer models: configuration, weights from safetensors, forward pass."""

@@ -1,0 +1,110 @@
+"""The forward pass: one flattened batch of tokens of many sequences through all layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from torch import Tensor
+
+from kvrelay.engine.attention import Attention
+from kvrelay.engine.linear import Embedding, Linear
+from kvrelay.engine.model.config import ModelConfig
+from kvrelay.engine.model.rope import apply_rope
+
+LayerDone = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One decoder layer. `qkv` holds queries, keys, values one below the other; `gate_up` gate, then up."""
+
+    input_norm: Tensor
+    qkv: Linear
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    attention_output: Linear
+    post_attention_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class ModelWeights:
+    """A whole model. The rope tables are ``[max_model_len, 1, head_dim]`` and ``[…, head_dim // 2]``."""
+
+    embedding: Embedding
+    layers: Sequence[LayerWeights]
+    final_norm: Tensor
+    output: Linear
+    cosines: Tensor
+    sines: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """``[num_rows]`` each; `sampled_rows` are those whose logits are wanted."""
+
+    token_ids: Tensor
+    positions: Tensor
+    sampled_rows: Tensor
+
+
+class Transformer:
+    """A loaded model over one attention, whose `begin` has been called for the batch."""
+
+    def __init__(self, config: ModelConfig, weights: ModelWeights, attention: Attention) -> None:
+        self._config = config
+        self._weights = weights
+        self._attention = attention
+        self._query_size = config.num_heads * config.head_dim
+        self._kv_size = config.num_kv_heads * config.head_dim
+
+    def forward(self, batch: TokenBatch, layer_done: LayerDone | None) -> Tensor:
+        """Write the batch's KV; return logits ``[len(sampled_rows), vocab_size]`` in float32."""
+        weights = self._weights
+        hidden = weights.embedding(batch.token_ids)
+        cosines = weights.cosines.index_select(0, batch.positions)
+        sines = weights.sines.index_select(0, batch.positions)
+        last = len(weights.layers) - 1
+        for index, layer in enumerate(weights.layers):
+            attended = self._attend(index, layer, hidden, cosines, sines)
+            if layer_done is not None:
+                layer_done(index)
+            if index == last:  # Nothing after this needs the other rows.
+                attended, hidden = attended[batch.sampled_rows], hidden[batch.sampled_rows]
+                if not len(hidden):
+                    break
+            hidden = layer.attention_output.add_to(hidden, attended)
+            hidden = layer.down.add_to(hidden, self._gated(layer, hidden))
+        if not len(hidden):
+            return torch.empty((0, self._config.vocab_size))
+        return weights.output(self._norm(hidden, weights.final_norm)).float()
+
+    def _attend(
+        self, index: int, layer: LayerWeights, hidden: Tensor, cosines: Tensor, sines: Tensor
+    ) -> Tensor:
+        """``[num_rows, num_heads * head_dim]``; stores the rows' keys and values."""
+        config = self._config
+        projected = layer.qkv(self._norm(hidden, layer.input_norm))
+        rotary, values = torch.split(projected, [self._query_size + self._kv_size, self._kv_size], 1)
+        heads = rotary.view(len(hidden), -1, config.head_dim)
+        if layer.query_norm is not None and layer.key_norm is not None:
+            heads = self._norm_heads(heads, layer.query_norm, layer.key_norm)
+        heads = apply_rope(heads, cosines, sines)
+        queries, keys = torch.split(heads, [config.num_heads, config.num_kv_heads], 1)
+        self._attention.write(index, keys, values.view(len(hidden), -1, config.head_dim))
+        return self._attention.attend(index, queries).flatten(1)
+
+    def _norm_heads(self, heads: Tensor, query_norm: Tensor, key_norm: Tensor) -> Tensor:
+        queries, keys = torch.split(heads, [self._config.num_heads, self._config.num_kv_heads], 1)
+        return torch.cat((self._norm(queries, query_norm), self._norm(keys, key_norm)), dim=1)
+
+    def _norm(self, rows: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(rows, weight.shape, weight, self._config.rms_norm_eps)
+
+    def _gated(self, layer: LayerWeights, hidden: Tensor) -> Tensor:
+        gate, up = layer.gate_up(self._norm(hidden, layer.post_attention_norm)).chunk(2, 1)
+        return F.silu(gate, inplace=True).mul_(up)

@@ -1,0 +1,167 @@
+"""An engine made of a scheduler, a block pool and something that computes.
+
+`PagedEngine` is `kvrelay.engine.interface.Engine` for every engine of ours: the torch engine and the
+simulated one differ in their `Executor` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvrelay.core.kv import KVStore
+from kvrelay.core.request import TokenLogprobs, TokenRequest
+from kvrelay.engine.block_pool import BlockPool
+from kvrelay.engine.interface import (
+    EngineInfo,
+    EngineLoad,
+    KVReadyListener,
+    Reservation,
+    SequenceFailure,
+    SequenceKey,
+    SequenceOutput,
+    StepOutput,
+)
+from kvrelay.engine.kv_progress import KVProgress, announce_prefix_hit
+from kvrelay.engine.scheduler import Scheduler, SchedulerLimits
+from kvrelay.engine.sequence import Chunk, LiveSequence, Purpose
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnToken:
+    """The next token of one sequence."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DrawFailed:
+    """The sequence can't go on."""
+
+    message: str
+
+
+LayerDone = Callable[[int], None]
+"""Called with each layer's index, first to last, when its KV of all of the step's tokens is in the cache."""
+
+
+class Executor(Protocol):
+    """What computes a planned step."""
+
+    @property
+    def kv(self) -> KVStore: ...
+
+    def execute(
+        self, chunks: Sequence[Chunk], layer_done: LayerDone | None
+    ) -> Sequence[DrawnToken | DrawFailed]:
+        """Compute the chunks' KV and draw the next token of each chunk that `samples`, in their order."""
+        ...
+
+    def check_received(self, sequence: LiveSequence) -> str | None:
+        """What is wrong with the KV that a reserved sequence has received; None: nothing that shows."""
+        ...
+
+
+class PagedEngine:
+    """See `kvrelay.engine.interface.Engine`, which it implements."""
+
+    def __init__(
+        self,
+        info: EngineInfo,
+        executor: Executor,
+        limits: SchedulerLimits,
+        *,
+        spread_blocks: bool = False,
+        layers_per_group: int | None = None,
+    ) -> None:
+        self._info = info
+        self._executor = executor
+        self._scheduler = Scheduler(info, BlockPool(info.num_blocks, spread=spread_blocks), limits)
+        self._layers_per_group = layers_per_group
+        self._listener: KVReadyListener | None = None
+        self._failures: list[SequenceFailure] = []
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    @property
+    def kv(self) -> KVStore:
+        return self._executor.kv
+
+    def set_kv_ready_listener(self, listener: KVReadyListener | None) -> None:
+        self._listener = listener
+
+    def submit(self, request: TokenRequest, key: SequenceKey) -> None:
+        self._scheduler.submit(request, key, Purpose.GENERATE)
+
+    def submit_prefill(self, request: TokenRequest, key: SequenceKey) -> None:
+        self._scheduler.submit(request, key, Purpose.PREFILL_ONLY)
+
+    def reserve(self, request: TokenRequest, key: SequenceKey) -> Reservation:
+        return self._scheduler.reserve(request, key)
+
+    def start_decode(self, key: SequenceKey, first_token_id: int) -> None:
+        sequence = self._scheduler.reserved(key)
+        if sequence is None:
+            return
+        fault = self._executor.check_received(sequence)
+        if fault is not None:
+            self._scheduler.release(key)
+            self._failures.append(SequenceFailure(key, fault))
+            return
+        self._scheduler.start_decode(key, first_token_id)
+
+    def release(self, key: SequenceKey) -> None:
+        self._scheduler.release(key)
+
+    def has_work(self) -> bool:
+        return bool(self._failures) or self._scheduler.has_work()
+
+    def step(self) -> StepOutput:
+        plan = self._scheduler.schedule()
+        listener = self._listener
+        layer_done: LayerDone | None = None
+        if listener is not None:
+            for sequence in plan.admitted:
+                announce_prefix_hit(sequence, self.kv.layout.num_layers, listener)
+            if any(chunk.sequence.purpose is Purpose.PREFILL_ONLY for chunk in plan.chunks):
+                progress = KVProgress(plan.chunks, self.kv.layout, listener, self._layers_per_group)
+                layer_done = progress.layer_done
+        drawn = self._executor.execute(plan.chunks, layer_done) if plan.chunks else ()
+        return self._commit(plan.chunks, drawn)
+
+    def load(self) -> EngineLoad:
+        return self._scheduler.load()
+
+    def check(self) -> None:
+        """Assert every invariant of scheduler and block pool; for tests."""
+        self._scheduler.check()
+
+    def _commit(self, chunks: Sequence[Chunk], drawn: Sequence[DrawnToken | DrawFailed]) -> StepOutput:
+        outputs: list[SequenceOutput] = []
+        num_prefill_tokens = num_decode_tokens = 0
+        results = iter(drawn)
+        for chunk in chunks:
+            if chunk.is_prefill:
+                num_prefill_tokens += chunk.num_tokens
+            else:
+                num_decode_tokens += chunk.num_tokens
+            result = next(results) if chunk.samples else None
+            if not self._scheduler.is_live(chunk.sequence):  # Released by the listener in this very step.
+                continue
+            self._scheduler.mark_computed(chunk)
+            if isinstance(result, DrawnToken):
+                outputs.append(self._deliver(chunk.sequence, result))
+            elif result is not None:
+                self._scheduler.release(chunk.sequence.key)
+                self._failures.append(SequenceFailure(chunk.sequence.key, result.message))
+        failures, self._failures = tuple(self._failures), []
+        return StepOutput(tuple(outputs), failures, num_prefill_tokens, num_decode_tokens)
+
+    def _deliver(self, sequence: LiveSequence, drawn: DrawnToken) -> SequenceOutput:
+        index = sequence.num_output_tokens
+        reason = self._scheduler.append_token(sequence, drawn.token_id)
+        return SequenceOutput(sequence.key, index, drawn.token_id, reason, drawn.logprobs)

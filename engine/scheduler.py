@@ -1,0 +1,327 @@
+"""What runs next: continuous batching over the block pool.
+
+Each step takes every running decode first, then continues running prefills, then admits waiting
+sequences first come first served, under a budget of tokens. A sequence gets the blocks of all its known
+tokens when it is admitted; only decode grows. When a decode finds no block, the latest arrival that may
+be interrupted gives up its blocks and waits at the front of the queue; it is recomputed from its tokens,
+which its own cached blocks make cheap. Prefill-only and reserved sequences are never interrupted: their
+KV is being read or written by a transfer.
+
+Pure: no torch, no clock, no I/O. Source: vLLM's continuous batching and chunked prefill, for the policy.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
+
+from kvrelay.core.block_hash import root_hash
+from kvrelay.core.errors import DuplicateRequest, InvalidRequest, Overloaded
+from kvrelay.core.ids import BlockId
+from kvrelay.core.request import FinishReason, TokenRequest, check_fits_model
+from kvrelay.engine.block_pool import BlockPool
+from kvrelay.engine.interface import EngineInfo, EngineLoad, Reservation, SequenceKey
+from kvrelay.engine.sequence import Chunk, LiveSequence, Purpose, Stage
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """Bounds of one step and of the queue. A step holds at least one token of every running decode."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_waiting: int
+
+    def __post_init__(self) -> None:
+        assert self.max_num_batched_tokens >= self.max_num_seqs >= 1
+        assert self.max_waiting >= 0
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """What to compute now. `admitted` started in this step; their prefix-cache hits are usable already."""
+
+    chunks: list[Chunk] = field(default_factory=list)
+    admitted: list[LiveSequence] = field(default_factory=list)
+    num_tokens: int = 0
+
+    def add(self, sequence: LiveSequence, num_tokens: int) -> None:
+        start = sequence.num_computed_tokens
+        samples = start + num_tokens == len(sequence.token_ids)
+        is_prefill = start < sequence.prefill_end_tokens
+        self.chunks.append(Chunk(sequence, start, num_tokens, samples, is_prefill))
+        self.num_tokens += num_tokens
+
+
+class Scheduler:
+    """The live sequences of one engine. See the module's text."""
+
+    def __init__(self, info: EngineInfo, pool: BlockPool, limits: SchedulerLimits) -> None:
+        self._info = info
+        self._pool = pool
+        self._limits = limits
+        self._live: dict[SequenceKey, LiveSequence] = {}
+        self._waiting: deque[LiveSequence] = deque()
+        self._running: list[LiveSequence] = []
+        self._num_reserved = 0
+        self._num_arrivals = 0
+        self._num_preemptions = 0
+        self._prefix_hit_tokens = 0
+        self._prefix_query_tokens = 0
+
+    @property
+    def pool(self) -> BlockPool:
+        return self._pool
+
+    def is_live(self, sequence: LiveSequence) -> bool:
+        return self._live.get(sequence.key) is sequence
+
+    def submit(self, request: TokenRequest, key: SequenceKey, purpose: Purpose) -> None:
+        """Queue a sequence.
+
+        Raises:
+            Overloaded: `max_waiting` sequences wait already.
+            InvalidRequest, ContextLengthExceeded: the model or the pool could never take it.
+            DuplicateRequest: the key is in use.
+        """
+        self._check(request, key)
+        if len(self._waiting) >= self._limits.max_waiting:
+            raise Overloaded(f"{len(self._waiting)} requests wait already, the queue holds no more")
+        sequence = self._new_sequence(request, key, purpose, Stage.WAITING)
+        self._waiting.append(sequence)
+
+    def reserve(self, request: TokenRequest, key: SequenceKey) -> Reservation:
+        """Take blocks for all of the request's tokens now. Raises as `submit`; Overloaded: no room now."""
+        self._check(request, key)
+        if len(self._running) + self._num_reserved >= self._limits.max_num_seqs:
+            raise Overloaded(f"all {self._limits.max_num_seqs} decode slots are taken")
+        sequence = self._new_sequence(request, key, Purpose.GENERATE, Stage.RESERVED)
+        if not self._take_blocks(sequence, num_spare_blocks=0):
+            del self._live[key]
+            raise Overloaded(
+                f"{len(request.token_ids)} tokens do not fit the {self._pool.num_free} KV blocks now free"
+            )
+        self._num_reserved += 1
+        return Reservation(key, tuple(sequence.block_table), sequence.num_cached_tokens)
+
+    def start_decode(self, key: SequenceKey, first_token_id: int) -> None:
+        """The reserved sequence's KV is whole; a first token that ends the sequence frees it at once."""
+        sequence = self._live.get(key)
+        if sequence is None or sequence.stage is not Stage.RESERVED:
+            return
+        sequence.num_computed_tokens = len(sequence.token_ids)
+        self._register_full_blocks(sequence)
+        sequence.token_ids.append(first_token_id)
+        if self._finish_reason(sequence, first_token_id) is not None:
+            self.release(key)
+            return
+        self._num_reserved -= 1
+        self._run(sequence)
+
+    def release(self, key: SequenceKey) -> None:
+        """Forget the sequence and free its blocks, whatever its stage."""
+        sequence = self._live.pop(key, None)
+        if sequence is None:
+            return
+        if sequence.stage is Stage.WAITING:
+            self._waiting.remove(sequence)
+        elif sequence.stage is Stage.RUNNING:
+            self._running.remove(sequence)
+        elif sequence.stage is Stage.RESERVED:
+            self._num_reserved -= 1
+        self._free_blocks(sequence)
+
+    def reserved(self, key: SequenceKey) -> LiveSequence | None:
+        """The sequence under `key`, if its KV is still to arrive."""
+        sequence = self._live.get(key)
+        return sequence if sequence is not None and sequence.stage is Stage.RESERVED else None
+
+    def has_work(self) -> bool:
+        """Whether `schedule` would plan something."""
+        return bool(self._running) or (bool(self._waiting) and self._can_admit(self._waiting[0]))
+
+    def schedule(self) -> StepPlan:
+        """Plan one step. Takes blocks, and interrupts sequences where there are too few."""
+        plan = StepPlan()
+        for sequence in list(self._running):
+            if len(sequence.token_ids) - sequence.num_computed_tokens == 1 and self._grow(sequence):
+                plan.add(sequence, 1)
+        for sequence in self._running:
+            num_left = len(sequence.token_ids) - sequence.num_computed_tokens
+            if num_left > 1 and plan.num_tokens < self._limits.max_num_batched_tokens:
+                plan.add(sequence, min(num_left, self._limits.max_num_batched_tokens - plan.num_tokens))
+        self._admit_waiting(plan)
+        return plan
+
+    def mark_computed(self, chunk: Chunk) -> None:
+        """The chunk's KV is final: register the blocks it has filled."""
+        sequence = chunk.sequence
+        sequence.num_computed_tokens = chunk.end
+        if chunk.end // self._info.block_size > sequence.num_registered_blocks:
+            self._register_full_blocks(sequence)
+
+    def append_token(self, sequence: LiveSequence, token_id: int) -> FinishReason | None:
+        """The next token was drawn. A finished sequence is freed, a prefill-only one is held from now on."""
+        sequence.token_ids.append(token_id)
+        reason = self._finish_reason(sequence, token_id)
+        if sequence.purpose is Purpose.PREFILL_ONLY:
+            self._running.remove(sequence)
+            sequence.stage = Stage.HELD
+        elif reason is not None:
+            self.release(sequence.key)
+        return reason
+
+    def load(self) -> EngineLoad:
+        return EngineLoad(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_waiting_tokens=sum(len(sequence.token_ids) for sequence in self._waiting),
+            num_reserved=self._num_reserved,
+            num_held_blocks=self._pool.num_held,
+            num_cached_blocks=self._pool.num_cached,
+            num_empty_blocks=self._pool.num_empty,
+            num_preemptions=self._num_preemptions,
+            prefix_hit_tokens=self._prefix_hit_tokens,
+            prefix_query_tokens=self._prefix_query_tokens,
+        )
+
+    def check(self) -> None:
+        """Assert every invariant; for tests."""
+        self._pool.check()
+        held = {block for sequence in self._live.values() for block in sequence.block_table}
+        assert len(held) == self._pool.num_held, "a block is held that no live sequence names"
+        assert self._running == sorted(self._running, key=attrgetter("arrival"))
+        assert all(sequence.stage is Stage.RUNNING for sequence in self._running)
+        assert all(sequence.stage is Stage.WAITING and not sequence.block_table for sequence in self._waiting)
+        stages = [sequence.stage for sequence in self._live.values()]
+        assert stages.count(Stage.RESERVED) == self._num_reserved
+        assert stages.count(Stage.RUNNING) == len(self._running) <= self._limits.max_num_seqs
+        assert stages.count(Stage.WAITING) == len(self._waiting)
+
+    def _check(self, request: TokenRequest, key: SequenceKey) -> None:
+        if key in self._live:
+            raise DuplicateRequest(f"a live sequence has the key {key!r} already")
+        check_fits_model(request, vocab_size=self._info.vocab_size, max_model_len=self._info.max_model_len)
+        if request.num_remaining_tokens < 1:
+            raise InvalidRequest(
+                f"sampling.max_tokens is {request.sampling.max_tokens}, and"
+                f" {request.num_output_tokens} output tokens were delivered already",
+                field="sampling.max_tokens",
+            )
+
+    def _new_sequence(
+        self, request: TokenRequest, key: SequenceKey, purpose: Purpose, stage: Stage
+    ) -> LiveSequence:
+        self._num_arrivals += 1
+        sequence = LiveSequence(
+            key=key,
+            request=request,
+            purpose=purpose,
+            root=root_hash(request.cache_salt, self._info.fingerprint.digest),
+            arrival=self._num_arrivals,
+            stage=stage,
+            token_ids=list(request.token_ids),
+            prefill_end_tokens=len(request.token_ids),
+        )
+        self._live[key] = sequence
+        return sequence
+
+    def _run(self, sequence: LiveSequence) -> None:
+        sequence.stage = Stage.RUNNING
+        if not self._running or self._running[-1].arrival < sequence.arrival:
+            self._running.append(sequence)
+        else:
+            insort(self._running, sequence, key=attrgetter("arrival"))
+
+    def _match_prefix(self, sequence: LiveSequence) -> list[BlockId]:
+        """Cached blocks of its prefix, never of all its tokens: the last token must be computed."""
+        block_size = self._info.block_size
+        num_matchable = (len(sequence.token_ids) - 1) // block_size
+        return self._pool.match_prefix(
+            sequence.block_hash(index, block_size) for index in range(num_matchable)
+        )
+
+    def _num_missing(self, sequence: LiveSequence, matched: Sequence[BlockId]) -> int:
+        """Free blocks that the sequence would use up, cached ones that it takes over included."""
+        num_blocks = -(-len(sequence.token_ids) // self._info.block_size)
+        return num_blocks - len(matched) + self._pool.num_unheld(matched)
+
+    def _can_admit(self, sequence: LiveSequence) -> bool:
+        if len(self._running) + self._num_reserved >= self._limits.max_num_seqs:
+            return False
+        num_missing = self._num_missing(sequence, self._match_prefix(sequence))
+        return num_missing + self._num_spare_blocks() <= self._pool.num_free
+
+    def _num_spare_blocks(self) -> int:
+        """Room left for running sequences to grow, so that admitting one interrupts no other at once."""
+        return len(self._running)
+
+    def _take_blocks(self, sequence: LiveSequence, num_spare_blocks: int) -> bool:
+        matched = self._match_prefix(sequence)
+        if self._num_missing(sequence, matched) + num_spare_blocks > self._pool.num_free:
+            return False
+        block_size = self._info.block_size
+        self._pool.acquire(matched)
+        num_new = -(-len(sequence.token_ids) // block_size) - len(matched)
+        sequence.block_table = matched + self._pool.allocate(num_new)
+        sequence.num_registered_blocks = len(matched)
+        sequence.num_cached_tokens = sequence.num_computed_tokens = len(matched) * block_size
+        self._prefix_hit_tokens += sequence.num_cached_tokens
+        self._prefix_query_tokens += len(sequence.token_ids)
+        return True
+
+    def _admit_waiting(self, plan: StepPlan) -> None:
+        while self._waiting and plan.num_tokens < self._limits.max_num_batched_tokens:
+            sequence = self._waiting[0]
+            if len(self._running) + self._num_reserved >= self._limits.max_num_seqs:
+                return
+            if not self._take_blocks(sequence, self._num_spare_blocks()):
+                return
+            self._waiting.popleft()
+            sequence.prefill_end_tokens = len(sequence.token_ids)
+            self._run(sequence)
+            plan.admitted.append(sequence)
+            num_left = len(sequence.token_ids) - sequence.num_computed_tokens
+            plan.add(sequence, min(num_left, self._limits.max_num_batched_tokens - plan.num_tokens))
+
+    def _grow(self, sequence: LiveSequence) -> bool:
+        """Make room for one more token. False: the sequence itself was interrupted."""
+        if sequence.stage is not Stage.RUNNING:
+            return False
+        if len(sequence.token_ids) <= len(sequence.block_table) * self._info.block_size:
+            return True
+        while self._pool.num_free == 0:
+            victim = next(
+                (other for other in reversed(self._running) if other.purpose is Purpose.GENERATE), None
+            )
+            assert victim is not None, "the growing sequence itself may be interrupted"
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        sequence.block_table += self._pool.allocate(1, after=sequence.block_table[-1])
+        return True
+
+    def _preempt(self, sequence: LiveSequence) -> None:
+        self._running.remove(sequence)
+        self._free_blocks(sequence)
+        sequence.stage = Stage.WAITING
+        self._waiting.appendleft(sequence)
+        self._num_preemptions += 1
+
+    def _free_blocks(self, sequence: LiveSequence) -> None:
+        self._pool.release(sequence.block_table)
+        sequence.block_table = []
+        sequence.num_computed_tokens = sequence.num_cached_tokens = sequence.num_registered_blocks = 0
+
+    def _register_full_blocks(self, sequence: LiveSequence) -> None:
+        block_size = self._info.block_size
+        num_full = sequence.num_computed_tokens // block_size
+        for index in range(sequence.num_registered_blocks, num_full):
+            self._pool.register(sequence.block_table[index], sequence.block_hash(index, block_size))
+        sequence.num_registered_blocks = num_full
+
+    def _finish_reason(self, sequence: LiveSequence, token_id: int) -> FinishReason | None:
+        return sequence.finish_reason(token_id, self._info.eos_token_ids, self._info.max_model_len)

@@ -1,0 +1,1 @@
+"""An engine without a model: the real scheduler and block pool, modelled time, deterministic tokens."""

@@ -1,0 +1,48 @@
+"""Builds the simulated engine."""
+
+from __future__ import annotations
+
+import time
+from hashlib import sha256
+from typing import Final
+
+from kvrelay.core.kv import KVFingerprint, KVLayout
+from kvrelay.engine.config import EngineConfig
+from kvrelay.engine.interface import EngineInfo
+from kvrelay.engine.paged_engine import PagedEngine
+from kvrelay.engine.scheduler import SchedulerLimits
+from kvrelay.engine.sim.executor import SimExecutor, Sleep
+
+NUM_LAYERS: Final = 4
+DEFAULT_MAX_MODEL_LEN: Final = 8192
+TOKEN_BYTES: Final = NUM_LAYERS * 16
+
+
+class SimEngine(PagedEngine):
+    """The `sim` engine: `sleep` is called, in the engine's thread, for the time that each step would take."""
+
+    def __init__(self, config: EngineConfig, *, sleep: Sleep = time.sleep) -> None:
+        num_blocks = config.num_blocks or max(2, config.kv_bytes // (TOKEN_BYTES * config.block_size))
+        max_model_len = min(config.max_model_len or DEFAULT_MAX_MODEL_LEN, num_blocks * config.block_size)
+        layout = KVLayout(NUM_LAYERS, num_blocks, config.block_size, 1, 8, "uint8", 1)
+        executor = SimExecutor(
+            layout,
+            config.sim_timing,
+            sleep,
+            vocab_size=config.sim_vocab_size,
+            max_model_len=max_model_len,
+        )
+        model = f"sim-{sha256(f'{config.model} {config.sim_vocab_size}'.encode()).hexdigest()[:16]}"
+        info = EngineInfo(
+            engine="sim",
+            model=config.served_name or config.model,
+            fingerprint=KVFingerprint(model, layout.dtype, NUM_LAYERS, 1, 8, "none"),
+            vocab_size=config.sim_vocab_size,
+            max_model_len=max_model_len,
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            eos_token_ids=(0,),
+        )
+        limits = SchedulerLimits(config.max_num_seqs, config.max_num_batched_tokens, config.max_waiting)
+        super().__init__(info, executor, limits, layers_per_group=config.layers_per_group or NUM_LAYERS // 2)

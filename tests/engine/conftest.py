@@ -1,0 +1,198 @@
+"""Tiny engines, and what drives them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+
+from kvrelay.core.request import TokenRequest
+from kvrelay.core.sampling import SamplingParams
+from kvrelay.engine.config import EngineConfig, EngineKind
+from kvrelay.engine.interface import Engine, KVReady, SequenceFailure, SequenceKey, SequenceOutput
+from kvrelay.engine.paged_engine import PagedEngine
+from kvrelay.engine.sim.engine import SimEngine
+from kvrelay.engine.sim.timing import INSTANT
+
+BuildEngine = Callable[..., PagedEngine]
+
+TINY_SHAPE = {
+    "vocab_size": 211,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "eos_token_id": 2,
+    "bos_token_id": 1,
+    "pad_token_id": 0,
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_torch_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def save_tiny_model(folder: Path, family: str, **changes: object) -> Path:
+    """A random model whose greedy output varies, as a Hugging Face folder."""
+    import torch
+    import transformers
+
+    config_type = getattr(transformers, f"{family}Config")
+    model_type = getattr(transformers, f"{family}ForCausalLM")
+    torch.manual_seed(20260101)
+    model = model_type(config_type(**{**TINY_SHAPE, **changes})).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(0.0, 0.15)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def save_model() -> Callable[..., Path]:
+    return save_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "llama", "Llama")
+
+
+@pytest.fixture(params=["torch", "sim"])
+def build_engine(request: pytest.FixtureRequest) -> BuildEngine:
+    """``build_engine(**changes of EngineConfig)``, for each kind of engine."""
+    if request.param == "sim":
+        return build_sim_engine
+    folder = str(request.getfixturevalue("tiny_llama"))
+
+    def build(**changes: object) -> PagedEngine:
+        from kvrelay.engine.torch_engine import TorchEngine
+
+        return TorchEngine(EngineConfig(model=folder, **{**SMALL, **changes}))  # type: ignore[arg-type]
+
+    return build
+
+
+SMALL: dict[str, object] = {
+    "num_blocks": 64,
+    "block_size": 4,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 32,
+    "max_waiting": 16,
+}
+
+
+def build_sim_engine(**changes: object) -> PagedEngine:
+    settings = {"model": "m", "sim_vocab_size": 211, "sim_timing": INSTANT, **SMALL, **changes}
+    return SimEngine(EngineConfig(engine=EngineKind.SIM, **settings), sleep=lambda _: None)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def build_sim() -> BuildEngine:
+    return build_sim_engine
+
+
+class Driver:
+    """Steps one engine, checks its invariants after every step, and collects what it delivers."""
+
+    def __init__(self, engine: PagedEngine) -> None:
+        self.engine = engine
+        self.outputs: dict[str, list[SequenceOutput]] = {}
+        self.failures: list[SequenceFailure] = []
+        self.ready: list[KVReady] = []
+        engine.set_kv_ready_listener(self.ready.append)
+
+    def step(self) -> list[SequenceOutput]:
+        result = self.engine.step()
+        self.engine.check()
+        for output in result.outputs:
+            self.outputs.setdefault(output.key, []).append(output)
+        self.failures += result.failures
+        return list(result.outputs)
+
+    def run(self, max_steps: int = 5000) -> None:
+        for _ in range(max_steps):
+            if not self.engine.has_work():
+                return
+            self.step()
+        raise AssertionError(f"still busy after {max_steps} steps")
+
+    def tokens(self, key: str) -> list[int]:
+        return [output.token_id for output in self.outputs.get(key, [])]
+
+    def generate(self, *requests: TokenRequest) -> list[list[int]]:
+        """Submit all at once, run to the end, return each one's new tokens."""
+        keys = [f"generate-{len(self.outputs)}-{index}" for index in range(len(requests))]
+        for key, request in zip(keys, requests, strict=True):
+            self.engine.submit(request, SequenceKey(key))
+        self.run()
+        assert not self.failures
+        return [self.tokens(key) for key in keys]
+
+
+@pytest.fixture
+def drive() -> type[Driver]:
+    return Driver
+
+
+def make_request(
+    prompt: Iterable[int], *, outputs: Iterable[int] = (), salt: bytes = b"", **sampling: object
+) -> TokenRequest:
+    prompt_ids = tuple(prompt)
+    settings: dict[str, object] = {"max_tokens": 8, "ignore_eos": True, **sampling}
+    params = SamplingParams(**settings)  # type: ignore[arg-type]
+    return TokenRequest(prompt_ids + tuple(outputs), len(prompt_ids), params, salt)
+
+
+@pytest.fixture
+def request_of() -> Callable[..., TokenRequest]:
+    return make_request
+
+
+def make_prompt(length: int, variant: int = 0) -> list[int]:
+    """`length` token ids of the tiny vocabulary; prompts of one variant share their beginning."""
+    state, ids = 12345 + 7919 * variant, []
+    for _ in range(length):
+        state = (state * 1103515245 + 12345) % 2**31
+        ids.append(3 + state // 65536 % 208)
+    return ids
+
+
+@pytest.fixture
+def prompt_of() -> Callable[..., list[int]]:
+    return make_prompt
+
+
+def hand_off(
+    source: Engine, target: Engine, key: SequenceKey, request: TokenRequest, ready: list[KVReady]
+) -> None:
+    """Move what `ready` reports from `source` into a reservation on `target`, as a transfer would."""
+    reservation = target.reserve(request, key)
+    for item in ready:
+        start = max(item.tokens.start, reservation.num_cached_tokens)
+        if start >= item.tokens.stop:
+            continue
+        tokens = range(start, item.tokens.stop)
+        staging = source.kv.allocate_staging(source.kv.layout.token_bytes * len(tokens) + 64)
+        sent = source.kv.gather(item.block_table, item.layers, tokens, staging, 64)
+        received = target.kv.scatter(reservation.block_table, item.layers, tokens, staging, 64)
+        assert sent == received == len(item.layers) * len(tokens) * source.kv.layout.token_bytes_per_layer
+
+
+@pytest.fixture
+def move_kv() -> Callable[..., None]:
+    return hand_off
+
+
+def read_json(path: Path) -> dict[str, object]:
+    return dict(json.loads(path.read_text()))
