@@ -43,5 +43,5 @@ def chain_hashes(
 
 
 def sequence_digest(token_ids: Sequence[int], root: BlockHash) -> BlockHash:
-    """One hash over a whole token sequence: what a handoff carries to prove that both nodes mean the same prompt."""
+    """One hash over a whole token sequence: a handoff carries it to prove that both nodes mean one prompt."""
     return next_block_hash(root, token_ids)

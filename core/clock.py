@@ -6,6 +6,8 @@ from typing import Protocol
 
 
 class Clock(Protocol):
+    """Where a shell reads the time."""
+
     def now_s(self) -> float:
         """Seconds since an arbitrary origin; never goes back."""
         ...

@@ -19,9 +19,7 @@ class KVRelayError(Exception):
     code: ClassVar[str] = "INTERNAL"
     retryable: ClassVar[bool] = False
 
-    def __init__(
-        self, message: str, *, field: str | None = None, retry_after_s: float | None = None
-    ) -> None:
+    def __init__(self, message: str, *, field: str | None = None, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.field = field

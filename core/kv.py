@@ -18,6 +18,8 @@ from kvrelay.core.ids import BlockId
 
 
 class DeviceKind(StrEnum):
+    """Where memory is."""
+
     CPU = "cpu"
     CUDA = "cuda"
 

@@ -155,7 +155,7 @@ class AttemptFailed:
 
 @dataclass(frozen=True, slots=True)
 class KVReleased:
-    """Terminal: answer to `ReleaseKV`; or the prefill node's hold ended because the handoff is acknowledged."""
+    """Terminal: answer to `ReleaseKV`; or a prefill node's hold ended as the handoff was acknowledged."""
 
     attempt: AttemptId
 

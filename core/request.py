@@ -10,6 +10,8 @@ from kvrelay.core.sampling import SamplingParams
 
 
 class FinishReason(StrEnum):
+    """Why an answer ended."""
+
     STOP = "stop"
     """The model drew an end-of-sequence or stop token (that token is delivered, as the last one)."""
     LENGTH = "length"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from kvrelay.core.kv import KVStore
 from kvrelay.core.request import TokenLogprobs, TokenRequest
@@ -28,8 +28,7 @@ from kvrelay.engine.scheduler import Scheduler, SchedulerLimits
 from kvrelay.engine.sequence import Chunk, LiveSequence, Purpose
 
 
-@dataclass(frozen=True, slots=True)
-class DrawnToken:
+class DrawnToken(NamedTuple):
     """The next token of one sequence."""
 
     token_id: int
@@ -152,12 +151,13 @@ class PagedEngine:
             result = next(results) if chunk.samples else None
             if not self._scheduler.is_live(chunk.sequence):  # Released by the listener in this very step.
                 continue
-            self._scheduler.mark_computed(chunk)
-            if isinstance(result, DrawnToken):
-                outputs.append(self._deliver(chunk.sequence, result))
-            elif result is not None:
+            if isinstance(result, DrawFailed):  # Its KV is suspect: it does not join the prefix cache.
                 self._scheduler.release(chunk.sequence.key)
                 self._failures.append(SequenceFailure(chunk.sequence.key, result.message))
+                continue
+            self._scheduler.mark_computed(chunk)
+            if result is not None:
+                outputs.append(self._deliver(chunk.sequence, result))
         failures, self._failures = tuple(self._failures), []
         return StepOutput(tuple(outputs), failures, num_prefill_tokens, num_decode_tokens)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import NamedTuple
 
 from kvrelay.core.block_hash import BlockHash, next_block_hash
 from kvrelay.core.ids import BlockId
@@ -75,13 +76,13 @@ class LiveSequence:
         sampling = self.request.sampling
         if token_id in sampling.stop_token_ids or (token_id in eos_token_ids and not sampling.ignore_eos):
             return FinishReason.STOP
-        if self.num_output_tokens >= sampling.max_tokens or len(self.token_ids) >= max_model_len:
+        num_tokens = len(self.token_ids)
+        if num_tokens - self.request.num_prompt_tokens >= sampling.max_tokens or num_tokens >= max_model_len:
             return FinishReason.LENGTH
         return None
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Tokens ``[start, start + num_tokens)`` of a sequence, to be computed in one step.
 
     `samples`: they reach the end of the sequence's tokens, so the next token is drawn.

@@ -12,7 +12,7 @@ from kvrelay.core.request import TokenLogprobs
 from kvrelay.engine.host_kv import HostKVStore, slot_runs
 from kvrelay.engine.paged_engine import DrawFailed, DrawnToken, LayerDone
 from kvrelay.engine.sequence import Chunk, LiveSequence
-from kvrelay.engine.sim.stamps import STAMP_BYTES, PrefixStamps, UInt64s, draw_token
+from kvrelay.engine.sim.stamps import STAMP_BYTES, PrefixStamps, UInt64s, draw_token, stream_of
 from kvrelay.engine.sim.timing import SimTiming
 
 Sleep = Callable[[float], None]
@@ -21,9 +21,9 @@ Sleep = Callable[[float], None]
 
 @dataclass(slots=True)
 class _Progress:
-    """Rolling hash over a sequence's first `num_tokens` tokens, and over its prompt."""
+    """Rolling hash over a sequence's first `num_tokens` tokens; `stream` names what it will draw."""
 
-    prompt_hash: int
+    stream: int
     num_tokens: int
     rolling: int
 
@@ -75,11 +75,11 @@ class SimExecutor:
             return
         sums: list[int] = []
         slots: list[int] = []
-        block_size = self._block_size
+        block_size, next_sum = self._block_size, self._stamps.next_sum
         for chunk in chunks:
             sequence, position = chunk.sequence, chunk.start
             progress = self._progress_at(sequence, position)
-            progress.rolling = self._stamps.next_sum(sequence.token_ids[position], position, progress.rolling)
+            progress.rolling = next_sum(sequence.token_ids[position], position, progress.rolling)
             progress.num_tokens = position + 1
             sums.append(progress.rolling)
             slots.append(sequence.block_table[position // block_size] * block_size + position % block_size)
@@ -100,8 +100,10 @@ class SimExecutor:
         """The sequence's rolling hash over its first `num_tokens` tokens."""
         progress = sequence.executor_state
         if not isinstance(progress, _Progress):
+            sampling = sequence.request.sampling
             prompt_hash = self._rolling(sequence.token_ids[: sequence.request.num_prompt_tokens])
-            progress = sequence.executor_state = _Progress(prompt_hash, 0, 0)
+            seed = 0 if sampling.is_greedy else (sampling.seed or 0)
+            progress = sequence.executor_state = _Progress(stream_of(prompt_hash, seed), 0, 0)
         if progress.num_tokens != num_tokens:
             progress.num_tokens = num_tokens
             progress.rolling = self._rolling(sequence.token_ids[:num_tokens])
@@ -122,10 +124,9 @@ class SimExecutor:
     def _draw(self, sequence: LiveSequence) -> DrawnToken:
         progress = sequence.executor_state
         assert isinstance(progress, _Progress)
-        sampling = sequence.request.sampling
-        seed = 0 if sampling.is_greedy else (sampling.seed or 0)
-        token_id = draw_token(progress.prompt_hash, seed, len(sequence.token_ids), self._vocab_size)
-        if sampling.num_logprobs is None:
+        token_id = draw_token(progress.stream, len(sequence.token_ids), self._vocab_size)
+        num_logprobs = sequence.request.sampling.num_logprobs
+        if num_logprobs is None:
             return DrawnToken(token_id)
-        top = ((token_id, 0.0),) if sampling.num_logprobs else ()
+        top = ((token_id, 0.0),) if num_logprobs else ()
         return DrawnToken(token_id, TokenLogprobs(0.0, top))

@@ -48,9 +48,14 @@ class PrefixStamps:
         return _mix(prefix_sums[None, None, :] ^ self._salts)
 
 
-def draw_token(prompt_hash: int, seed: int, position: int, vocab_size: int) -> int:
+def stream_of(prompt_hash: int, seed: int) -> int:
+    """Names the stream of tokens that the simulated model draws for one prompt and seed."""
+    return prompt_hash ^ _mix_int(seed)
+
+
+def draw_token(stream: int, position: int, vocab_size: int) -> int:
     """The simulated model's token at `position`: never 0, which is the end of sequence."""
-    return 1 + _mix_int(prompt_hash ^ _mix_int(seed) ^ (position * _RADIX)) % (vocab_size - 1)
+    return 1 + _mix_int(stream ^ (position * _RADIX)) % (vocab_size - 1)
 
 
 def _mix(values: UInt64s) -> UInt64s:

@@ -232,7 +232,7 @@ def run_alone() -> Callable[[Path, Sequence[TokenRequest]], list[tuple[int, ...]
 
     def run(model: Path, requests: Sequence[TokenRequest]) -> list[tuple[int, ...]]:
         engine = load_engine(
-            EngineConfig(engine="torch", model=str(model), num_blocks=2048, max_waiting=1024)
+            EngineConfig(engine="torch", model=str(model), num_blocks=2048, max_waiting=1024, num_threads=1)
         )
         answers: list[list[int]] = [[] for _ in requests]
         for index, request in enumerate(requests):

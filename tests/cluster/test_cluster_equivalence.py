@@ -1,4 +1,4 @@
-"""The cluster's answers are the model's own: what `transformers` and the engine alone give, token for token."""
+"""The cluster answers as the model does: as `transformers` and as the engine alone, token for token."""
 
 from __future__ import annotations
 

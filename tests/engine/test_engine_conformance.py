@@ -401,3 +401,48 @@ def test_gather_of_any_range_inverts_scatter(build_engine, drive, request_of, pr
         assert target.kv.gather(other, layers, tokens, second, 3) == size
         assert bytes(second.host_view()[3 : 3 + size]) == bytes(first.host_view()[:size])
         assert any(first.host_view()[:size])
+
+
+def test_a_block_is_found_only_behind_the_prefix_it_was_computed_behind(
+    build_engine, drive, request_of, prompt_of
+):
+    driver = drive(build_engine())
+    first, second = prompt_of(9, 1), prompt_of(9, 2)
+    driver.generate(request_of(first), request_of(second))
+    mixed = first[:4] + second[4:]
+    [expected] = drive(build_engine()).generate(request_of(mixed))
+    before = driver.engine.load().prefix_hit_tokens
+    assert driver.generate(request_of(mixed)) == [expected]
+    assert driver.engine.load().prefix_hit_tokens - before == 4
+
+
+def test_received_prompt_is_cached_as_soon_as_decode_starts(
+    build_engine, drive, request_of, prompt_of, move_kv
+):
+    request = request_of(prompt_of(24), max_tokens=4)
+    source, target = drive(build_engine()), drive(build_engine())
+    source.engine.submit_prefill(request, "s")
+    source.run()
+    move_kv(source.engine, target.engine, "s", request, source.ready)
+    assert target.engine.reserve(request, "before").num_cached_tokens == 0
+    target.engine.start_decode("s", source.tokens("s")[0])
+    assert target.engine.reserve(request, "after").num_cached_tokens == 20
+
+
+def test_a_prefill_under_way_is_never_interrupted(build_engine, drive, request_of, prompt_of):
+    driver = drive(build_engine(num_blocks=16, max_num_seqs=2, max_num_batched_tokens=2))
+    driver.engine.submit(request_of(prompt_of(6, 1), max_tokens=30), "decode")
+    while not driver.tokens("decode"):
+        driver.step()
+    driver.engine.submit_prefill(request_of(prompt_of(48)), "prefill")
+    while not driver.tokens("prefill"):
+        driver.step()
+    load = driver.engine.load()
+    assert (load.num_preemptions, load.num_waiting) == (1, 1), "the decode gave way"
+    cells = [(layer, token) for item in driver.ready for layer in item.layers for token in item.tokens]
+    assert len(cells) == len(set(cells)) == 48 * driver.engine.kv.layout.num_layers
+    driver.engine.release("prefill")
+    driver.run()
+    assert [driver.tokens("decode")] == drive(build_engine()).generate(
+        request_of(prompt_of(6, 1), max_tokens=30)
+    )

@@ -227,3 +227,17 @@ def test_kv_pool_size_follows_from_its_bytes(tiny_llama):
     assert info.max_model_len == info.num_blocks * info.block_size
     with pytest.raises(ConfigError, match="kv_bytes"):
         build(tiny_llama, num_blocks=None, kv_bytes=2000)
+
+
+def test_unsound_weights_fail_the_sequence_and_leave_no_blocks(
+    tiny_llama, tmp_path, drive, request_of, prompt_of
+):
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    driver = drive(build(tmp_path / "nan"))
+    driver.engine.submit(request_of(prompt_of(20)), "a")
+    driver.run()
+    assert [failure.key for failure in driver.failures] == ["a"]
+    assert driver.engine.load().num_empty_blocks == driver.engine.info.num_blocks
