@@ -2,7 +2,7 @@
 PYTHON ?= python3
 # Installed before anything that asks for torch, so that no larger build is fetched. Any torch >= 2.8 works.
 TORCH ?= torch==2.13.0
-PROMPT ?= In two sentences: what is the difference between the prefill and the decode phase of a language model?
+PROMPT ?= Why is the sky blue? Answer in two sentences.
 PYTEST_WORKERS ?= 2
 
 VENV := .venv

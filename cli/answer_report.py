@@ -61,6 +61,7 @@ def _place(node_id: str, state: ClusterState | None) -> str:
 def _timing(result: GenerationResult) -> str:
     parts = [f"TTFT {_ms(result.ttft_s)}"]
     if result.itl_s:
+        parts.append(f"second token {_ms(result.itl_s[0])} later")
         parts.append(
             f"ITL p50 {_ms(percentile(result.itl_s, 0.5))}, p99 {_ms(percentile(result.itl_s, 0.99))}"
         )
@@ -78,8 +79,8 @@ def _kv_moved(result: GenerationResult) -> str:
     moved = f"{format_bytes(report.kv_bytes)} in {messages} over {report.kv_transport or '?'}"
     if report.kv_seconds <= 0:
         return moved
-    rate = format_bytes(report.kv_bytes / report.kv_seconds)
-    return f"{moved}, {_ms(report.kv_seconds)} (effectively {rate}/s)"
+    # Most of that time the prefill was still computing, so a rate would say nothing about the transport.
+    return f"{moved}, begun {_ms(report.kv_seconds)} before it was whole, while the prefill computed"
 
 
 def format_bytes(num_bytes: float) -> str:

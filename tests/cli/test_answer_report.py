@@ -44,8 +44,8 @@ def test_summary_names_processes_timings_and_kv(make_state: Callable[[], Cluster
     text = "\n".join(summary_lines(make_result(), make_state()))
     assert "p0 (pid 11) -> d0 (pid 12)" in text
     assert "40 tokens, 16 of them cached" in text
-    assert "TTFT 50.0 ms; ITL p50 11.0 ms, p99 30.0 ms; 63.5 tokens/s" in text
-    assert "2.00 MB in 1 message over ucx, 4.0 ms (effectively 500.00 MB/s)" in text
+    assert "TTFT 50.0 ms; second token 10.0 ms later; ITL p50 11.0 ms, p99 30.0 ms; 63.5 tokens/s" in text
+    assert "2.00 MB in 1 message over ucx, begun 4.0 ms before it was whole" in text
 
 
 def test_summary_says_when_nothing_moved_and_when_it_took_several_attempts() -> None:
