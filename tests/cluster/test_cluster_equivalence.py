@@ -13,6 +13,8 @@ from kvrelay.engine.embedded_model import ensure_smollm2
 
 pytestmark = [pytest.mark.cluster, pytest.mark.model]
 NUM_TOKENS = 12
+NUM_BLOCKS = 1024
+INTERPRETER_AND_BUFFERS_BYTES = 350e6
 
 TEXTS = [
     "The",
@@ -67,7 +69,9 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="module")
 def cluster(module_starter, smollm2: Path):
-    return module_starter.start(1, 1, ["--model", str(smollm2), "--dtype", "float32", "--num-blocks", "1024"])
+    return module_starter.start(
+        1, 1, ["--model", str(smollm2), "--dtype", "float32", "--num-blocks", str(NUM_BLOCKS)]
+    )
 
 
 async def _ask_all(cluster, requests: list[TokenRequest], at_once: int) -> list[tuple[int, ...]]:
@@ -127,4 +131,23 @@ async def test_sampled_output_with_a_seed_is_the_same_alone_in_a_batch_and_throu
     assert batch[:3] == one_by_one
     assert through_cluster == batch
     assert len(set(batch)) == len(batch)
+    await cluster.wait_idle()
+
+
+def _own_bytes(pid: int) -> int:
+    """Memory of the process alone: mapped libraries and files are not counted."""
+    rows = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    kib = {row[0]: int(row[1]) for row in rows if row and row[0] in ("RssAnon:", "RssShmem:")}
+    return sum(kib.values()) * 1024
+
+
+async def test_a_node_holds_one_copy_of_the_weights_and_its_kv_budget(cluster, smollm2: Path) -> None:
+    weights_bytes = (smollm2 / "model.safetensors").stat().st_size
+    kv_bytes = NUM_BLOCKS * 16 * 30 * 2 * 3 * 64 * 4
+    prompts = [tuple(range(start, start + 900)) for start in range(100, 1000, 100)]
+    sampling = SamplingParams(max_tokens=4, ignore_eos=True)
+    await _ask_all(cluster, [TokenRequest(prompt, len(prompt), sampling) for prompt in prompts], at_once=8)
+    for node in cluster.nodes.values():
+        assert _own_bytes(node.popen.pid) < weights_bytes + kv_bytes + INTERPRETER_AND_BUFFERS_BYTES
+    assert _own_bytes(cluster.router.popen.pid) < 150e6
     await cluster.wait_idle()
