@@ -1,7 +1,7 @@
 """What the cluster adds to an idle engine: TTFT and ITL through client, router, prefill and decode node,
 beside the same engine called directly, prompt by prompt in turns, same model, same threads.
 
-    python -m benchmarks.cluster_overhead [--json] [--prompts 20] [--prompt-tokens 128] [--tokens 32]
+    python -m benchmarks.cluster_overhead [--json] [--prompts 20] [--prompt-tokens 128] [--threads 2]
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ def ttft_and_itl(runs: list[TokenTimes]) -> dict[str, dict[str, float]]:
 
 
 async def measure(args: argparse.Namespace, model: Path) -> dict[str, object]:
-    engine = load_engine(EngineConfig(engine="torch", model=str(model), num_blocks=1024))
+    engine = load_engine(EngineConfig(model=str(model), num_blocks=1024, num_threads=args.threads))
     rng = random.Random(0)
     sampling = SamplingParams(max_tokens=args.tokens, ignore_eos=True)
+    node_args = ["--model", str(model), "--num-blocks", "1024", "--transport", args.transport]
+    node_args += ["--threads", str(args.threads)]
     alone: list[TokenTimes] = []
     cluster: list[TokenTimes] = []
-    with running_cluster(
-        1, 1, ["--model", str(model), "--num-blocks", "1024", "--transport", args.transport]
-    ) as (
+    with running_cluster(1, 1, node_args) as (
         address,
         _,
     ):
@@ -84,6 +84,7 @@ async def measure(args: argparse.Namespace, model: Path) -> dict[str, object]:
         "prompts": args.prompts,
         "prompt_tokens": args.prompt_tokens,
         "transport": args.transport,
+        "threads": args.threads,
     }
 
 
@@ -94,6 +95,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--transport", default="auto")
+    parser.add_argument("--threads", type=int, default=2, help="of each engine")
     args = parser.parse_args()
     figures = asyncio.run(measure(args, ensure_smollm2()))
     if args.json:

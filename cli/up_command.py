@@ -65,7 +65,7 @@ def up(
         typer.Option(
             "--threads",
             metavar="N",
-            help="CPU threads of each node. Default: all.",
+            help="CPU threads of each node. Default: its share of the cores.",
         ),
     ] = None,
     log_dir: Annotated[

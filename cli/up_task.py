@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import signal
 import sys
@@ -117,6 +118,10 @@ def _with_model(task: UpTask, progress: Progress) -> UpTask:
     found = {"engine.model": Override("--model", engine.model)}
     if engine.served_name:
         found["engine.served_name"] = Override("--served-name", engine.served_name)
+    if engine.num_threads is None:
+        # Prefill and decode run at the same time, and a step waits for its slowest thread.
+        num_threads = max(1, (os.cpu_count() or 1) // (task.config.prefill + task.config.decode))
+        found["engine.num_threads"] = Override("--threads", num_threads)
     return replace(task, engine=engine, overrides={**task.overrides, **found})
 
 

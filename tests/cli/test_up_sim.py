@@ -71,7 +71,10 @@ def test_once_answers_shows_how_it_was_served_and_stops(spawn: Spawn, tmp_path: 
     assert len(answer.split()) == 12
     assert re.search(r"placement  prefill-0 \(pid \d+\) -> decode-0 \(pid \d+\)", summary)
     assert "prompt     5 tokens, 0 of them cached" in summary
-    assert re.search(r"TTFT [\d.]+ ms; second token [\d.]+ ms later; ITL p50 [\d.]+ ms, p99 [\d.]+ ms; [\d.]+ tokens/s", summary)
+    assert re.search(
+        r"TTFT [\d.]+ ms; second token [\d.]+ ms later; ITL p50 [\d.]+ ms, p99 [\d.]+ ms; [\d.]+ tokens/s",
+        summary,
+    )
     assert re.search(
         r"KV moved   \d+ B in \d+ messages? over tcp, begun [\d.]+ ms before it was whole", summary
     )
