@@ -2,7 +2,7 @@
 PYTHON ?= python3
 # Installed before anything that asks for torch, so that no larger build is fetched. Any torch >= 2.8 works.
 TORCH ?= torch==2.13.0
-PROMPT ?= Why is the sky blue? Answer in two sentences.
+PROMPT ?= What is the capital of France, and what is it known for?
 PYTEST_WORKERS ?= 2
 
 VENV := .venv

@@ -55,6 +55,8 @@ async def ask(client: AsyncClient, question: Question, on_text: Callable[[str], 
     """
     messages = question.messages()
     prompt = None if messages else (question.token_ids or question.text)
+    if not question.token_ids:
+        await client.tokenizer(question.model)  # fetched once, which is not a part of the answer's TTFT
     stream = client.generate(
         prompt,
         messages=messages,

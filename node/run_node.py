@@ -27,6 +27,7 @@ from kvrelay.node.ready_file import write_ready_file
 from kvrelay.node.service import NodeService
 from kvrelay.node.stop_signals import StopSignals
 from kvrelay.node.tokenizer_bundle import build_tokenizer_bundle
+from kvrelay.node.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ def run_node(config: NodeConfig, make_core: MakeCore) -> int:
     )
     try:
         engine = load_engine(config.engine, LoadProgress(sys.stderr))
+        warm_up(engine)
         tokenizer = _build_tokenizer(config)
         # What has been loaded stays: the collector need not look at it again.
         gc.collect()
