@@ -31,7 +31,9 @@ SLOW_SIM = [
 
 
 @contextlib.asynccontextmanager
-async def _in_state(cluster, client: AsyncClient, state: str) -> AsyncIterator[asyncio.Task]:
+async def _in_state(
+    cluster, client: AsyncClient, state: str, timeout_s: float | None = None
+) -> AsyncIterator[asyncio.Task]:
     """A request that is in `state`, as the router sees it; `task.result()` is what the client got."""
     tasks: list[asyncio.Task] = []
     try:
@@ -41,7 +43,7 @@ async def _in_state(cluster, client: AsyncClient, state: str) -> AsyncIterator[a
         if state == "handing_off":
             cluster.nodes["d0"].popen.send_signal(signal.SIGSTOP)
         prompt = LONG_PROMPT if state == "prefilling" else SHORT_PROMPT
-        tasks.append(asyncio.create_task(_run(client, prompt, "under-test")))
+        tasks.append(asyncio.create_task(_run(client, prompt, "under-test", timeout_s)))
         await _wait_for_count(cluster, state, 1)
         yield tasks[-1]
     finally:
@@ -56,8 +58,10 @@ async def _wait_for_count(cluster, state: str, count: int) -> None:
     await cluster.wait_for_state(f"{count} requests {state}", lambda s: s.num_requests.get(state, 0) == count)
 
 
-async def _run(client: AsyncClient, prompt: list[int], request_id: str) -> object:
-    return await client.complete(prompt, sampling=MANY_TOKENS, request_id=request_id)
+async def _run(
+    client: AsyncClient, prompt: list[int], request_id: str, timeout_s: float | None = None
+) -> object:
+    return await client.complete(prompt, sampling=MANY_TOKENS, request_id=request_id, timeout_s=timeout_s)
 
 
 STATES = ["queued", "prefilling", "handing_off", "decoding"]
@@ -89,9 +93,9 @@ async def test_a_client_that_goes_away_releases_both_nodes(cluster, state: str) 
     await cluster.wait_idle()
 
 
-@pytest.mark.parametrize("prompt", [LONG_PROMPT, SHORT_PROMPT], ids=["prefilling", "decoding"])
-async def test_a_request_past_its_deadline_fails_as_such_and_releases_both_nodes(cluster, prompt) -> None:
-    async with cluster.client() as client:
+@pytest.mark.parametrize("state", STATES)
+async def test_a_request_past_its_deadline_fails_as_such_and_releases_both_nodes(cluster, state: str) -> None:
+    async with cluster.client() as client, _in_state(cluster, client, state, timeout_s=4.0) as task:
         with pytest.raises(DeadlineExceeded):
-            await client.complete(prompt, sampling=MANY_TOKENS, timeout_s=1.0)
+            await task
     await cluster.wait_idle()
