@@ -55,8 +55,6 @@ async def ask(client: AsyncClient, question: Question, on_text: Callable[[str], 
     """
     messages = question.messages()
     prompt = None if messages else (question.token_ids or question.text)
-    if not question.token_ids:
-        await client.tokenizer(question.model)  # fetched once, which is not a part of the answer's TTFT
     stream = client.generate(
         prompt,
         messages=messages,
@@ -66,6 +64,8 @@ async def ask(client: AsyncClient, question: Question, on_text: Callable[[str], 
         request_id=question.request_id,
         decode_text=not question.token_ids,
     )
+    if not question.token_ids:
+        await client.tokenizer(question.model)  # fetched once, which is not a part of the answer's TTFT
     async with stream:
         async for chunk in stream:
             on_text("".join(f"{token} " for token in chunk.token_ids) if question.token_ids else chunk.text)

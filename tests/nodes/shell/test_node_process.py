@@ -48,7 +48,11 @@ if settings["is_broken"]:
     def broken_step(self):
         raise RuntimeError("broken kernel")
 
-    SimEngine.step = broken_step
+    def submit_and_break(self, request, key):
+        submit_prefill(self, request, key)
+        SimEngine.step = broken_step  # after the warm-up, at the first attempt
+
+    submit_prefill, SimEngine.submit_prefill = SimEngine.submit_prefill, submit_and_break
 role = Role(settings["role"])
 config = NodeConfig(
     role,
