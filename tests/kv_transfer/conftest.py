@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import mmap
+import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -207,7 +208,8 @@ class Handoff:
 @pytest.fixture(params=["memory", "tcp", "ucx"])
 def transport(request: pytest.FixtureRequest) -> str:
     if request.param == "ucx":
-        pytest.importorskip("nixl_cu13")
+        if sys.platform != "linux":
+            pytest.skip("NIXL has wheels for Linux alone; there it has to be installed")
     return str(request.param)
 
 

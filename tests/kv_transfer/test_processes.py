@@ -57,7 +57,8 @@ def transport_options(request: pytest.FixtureRequest) -> dict[str, Any]:
     """UCX's own TCP lanes behave differently: the target takes part in each write."""
     if request.param == "tcp":
         return {"transport": "tcp"}
-    pytest.importorskip("nixl_cu13")
+    if sys.platform != "linux":
+        pytest.skip("NIXL has wheels for Linux alone; there it has to be installed")
     return {"transport": "ucx", "ucx_tls": "" if request.param == "ucx" else "self,tcp"}
 
 
