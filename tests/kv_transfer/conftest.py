@@ -207,9 +207,8 @@ class Handoff:
 
 @pytest.fixture(params=["memory", "tcp", "ucx"])
 def transport(request: pytest.FixtureRequest) -> str:
-    if request.param == "ucx":
-        if sys.platform != "linux":
-            pytest.skip("NIXL has wheels for Linux alone; there it has to be installed")
+    if request.param == "ucx" and sys.platform != "linux":
+        pytest.skip("NIXL has wheels for Linux alone; there it has to be installed")
     return str(request.param)
 
 
