@@ -11,8 +11,8 @@ from kvrelay.engine.config import EngineConfig, EngineKind
 from kvrelay.engine.interface import Engine
 
 OPENMP_SPIN_COUNT: Final = "1000"
-"""A few microseconds. On an idle machine it was no slower than libgomp's 300,000 turns, and many times as fast
-beside another busy process on the same cores."""
+"""A few microseconds. On an idle machine it was no slower than libgomp's 300,000 turns, and many times
+faster beside another busy process on the same cores."""
 
 OnProgress = Callable[[float, str], None]
 """Called with the fraction done, from 0 to 1, and what is being done."""
