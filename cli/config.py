@@ -16,7 +16,8 @@ class ClusterConfig:
     them is told stands in its own section.
 
     A cluster that is not ready after `start_timeout_s` is given up; a service that is not gone
-    `stop_timeout_s` after it was asked to stop is killed. `log_dir` empty: a new temporary folder.
+    `stop_timeout_s` after it was asked to stop is killed. `log_dir` empty: a new temporary folder. `proxy`:
+    an OpenAI proxy stands in front of it.
 
     Raises:
         ConfigError: listing every fault.
@@ -27,6 +28,7 @@ class ClusterConfig:
     start_timeout_s: float = 600.0
     stop_timeout_s: float = 40.0
     log_dir: str = ""
+    proxy: bool = True
 
     def __post_init__(self) -> None:
         bounds: dict[str, tuple[float, float]] = {

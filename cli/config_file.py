@@ -1,8 +1,9 @@
 """Config files: which sections there are, what builds each, and where a fault's value came from.
 
 One file may configure a whole cluster: a router reads `[router]`, a node `[node]`, `[engine]` and
-`[transfer]`, `kvrelay up` also `[cluster]`. A file is always checked as a whole, whoever reads it. Values
-from the command line lie over the file's; a fault names the line or the flag that the value came from.
+`[transfer]`, a proxy `[proxy]`, `kvrelay up` also `[cluster]`. A file is always checked as a whole, whoever
+reads it. Values from the command line lie over the file's; a fault names the line or the flag that the
+value came from.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ SECTIONS: Final[Mapping[str, Section]] = {
     "node": Section(
         "kvrelay.node.config", "NodeConfig", "a prefill or decode node", ("role", "engine", "transfer")
     ),
+    "proxy": Section("kvrelay.openai_proxy.config", "ProxyConfig", "an OpenAI proxy"),
     "cluster": Section("kvrelay.cli.config", "ClusterConfig", "kvrelay up"),
 }
 

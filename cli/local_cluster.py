@@ -24,22 +24,24 @@ _LOG_PREFIX: Final = re.compile(r"^[\d-]+ [\d:,.]+ [A-Z]+ \S+ ")
 
 @dataclass(frozen=True, slots=True)
 class LaunchPlan:
-    """What to start. `router_arguments` and `node_arguments` go to the services as they stand."""
+    """What to start. The arguments go to the services as they stand."""
 
     config: ClusterConfig
     folder: Path
     router_arguments: tuple[str, ...]
     node_arguments: tuple[str, ...]
+    proxy_arguments: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
 class LocalCluster:
-    """One router and its nodes. Use `start`, then `while_alive`; and always `stop`."""
+    """One router, its nodes, perhaps a proxy. Use `start`, then `while_alive`; and always `stop`."""
 
     plan: LaunchPlan
     on_progress: Callable[[str], None]
     router: Child | None = None
     nodes: list[Child] = field(default_factory=list)
+    proxy: Child | None = None
     is_ready: bool = False
 
     @property
@@ -50,7 +52,7 @@ class LocalCluster:
 
     @property
     def children(self) -> list[Child]:
-        return [*self.nodes, *([self.router] if self.router else [])]
+        return [child for child in (self.proxy, *self.nodes, self.router) if child is not None]
 
     async def start(self) -> None:
         """Start everything and return when the router sees every node.
@@ -65,6 +67,7 @@ class LocalCluster:
                 await self._start_nodes()
                 self.on_progress("waiting until the router sees all nodes")
                 await self.while_alive(self._wait_attached())
+                await self._start_proxy()
                 self.is_ready = True
         except TimeoutError:
             raise NodeUnavailable(self._describe_delay()) from None
@@ -92,13 +95,15 @@ class LocalCluster:
         await self.while_alive(asyncio.Event().wait())
 
     async def stop(self) -> None:
-        """Ask the nodes to leave, then the router; kill what does not. Leaves no process behind."""
+        """Ask the proxy to leave, then the nodes, then the router; kill what does not. Leaves no process
+        behind."""
         stop_timeout_s = self.plan.config.stop_timeout_s
         try:
-            for group in (self.nodes, [self.router] if self.router else []):
-                for child in group:
+            for group in ([self.proxy], self.nodes, [self.router]):
+                running = [child for child in group if child is not None]
+                for child in running:
                     child.signal(signal.SIGTERM)
-                await asyncio.gather(*(child.wait_gone(stop_timeout_s) for child in group))
+                await asyncio.gather(*(child.wait_gone(stop_timeout_s) for child in running))
         finally:
             self.send_kill()
             for child in self.children:
@@ -123,6 +128,13 @@ class LocalCluster:
                 arguments = [role, *self.plan.node_arguments, *identity]
                 self.nodes.append(await start_child(name, arguments, self.plan.folder))
         await self.while_alive(self._wait_nodes_ready())
+
+    async def _start_proxy(self) -> None:
+        if self.plan.config.proxy:
+            self.on_progress("starting the OpenAI proxy")
+            arguments = ["proxy", *self.plan.proxy_arguments, "--router", self.address]
+            self.proxy = await start_child("proxy", arguments, self.plan.folder)
+            await self.while_alive(self.proxy.wait_ready())
 
     async def _wait_nodes_ready(self) -> None:
         progress = asyncio.ensure_future(self._show_progress())

@@ -11,7 +11,9 @@ from kvrelay import __version__
 from kvrelay.cli import (
     config_command,
     generate_command,
+    keys_command,
     node_commands,
+    proxy_command,
     router_command,
     status_command,
     up_command,
@@ -54,6 +56,8 @@ def _kvrelay(
 up_command.register(app)
 router_command.register(app)
 node_commands.register(app)
+proxy_command.register(app)
+keys_command.register(app)
 generate_command.register(app)
 status_command.register(app)
 config_command.register(app)

@@ -8,7 +8,7 @@ import typer
 
 from kvrelay.cli.options import EVERY_SETTING, WITH_SETTINGS, ConfigFile
 
-_SECTIONS: Final = ("cluster", "router", "engine", "transfer", "node")
+_SECTIONS: Final = ("cluster", "router", "proxy", "engine", "transfer", "node")
 _EPILOG: Final = f"""{EVERY_SETTING.format(flag="num-blocks 512")}
 
 Examples:
@@ -60,6 +60,14 @@ def up(
             help="Router's HTTP port, 0 for any. Default: 7071.",
         ),
     ] = None,
+    proxy_port: Annotated[
+        int | None,
+        typer.Option("--proxy-port", metavar="PORT", help="OpenAI proxy's port, 0 for any. Default: 8000."),
+    ] = None,
+    proxy: Annotated[
+        bool | None,
+        typer.Option("--proxy/--no-proxy", help="Start an OpenAI proxy, too. Default: yes, but for --once."),
+    ] = None,
     threads: Annotated[
         int | None,
         typer.Option(
@@ -83,7 +91,7 @@ def up(
         int, typer.Option("--max-tokens", metavar="N", help="Longest answer to --once.")
     ] = 200,
 ) -> None:
-    """Start a router, prefill nodes and decode nodes on this machine, each its own process.
+    """Start a router, prefill and decode nodes and an OpenAI proxy here, each its own process.
 
     Stops all of them on Ctrl-C or SIGTERM, and when one of them dies. With --once, ports are free ones
     unless they are given.
@@ -98,6 +106,8 @@ def up(
         "engine.dtype": ("--dtype", dtype),
         "router.grpc_port": ("--port", port),
         "router.http_port": ("--http-port", 0 if http_port is None and port == 0 else http_port),
+        "proxy.port": ("--proxy-port", 0 if proxy_port is None and port == 0 else proxy_port),
+        "cluster.proxy": ("--proxy", False if proxy is None and once is not None else proxy),
         "engine.num_threads": ("--threads", threads),
         "cluster.log_dir": ("--log-dir", log_dir),
     }

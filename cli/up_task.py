@@ -52,6 +52,7 @@ class UpTask:
             folder=folder,
             router_arguments=(*file, *self._arguments("router")),
             node_arguments=(*file, *self._arguments(*_NODE_SECTIONS)),
+            proxy_arguments=(*file, *self._arguments("proxy")),
         )
 
     def _arguments(self, *sections: str) -> list[str]:
@@ -70,7 +71,7 @@ def prepare_up(
     Raises:
         ConfigError, InvalidRequest: what is wrong with them.
     """
-    loaded = load_config(config_file, overrides, ("cluster", "router", *_NODE_SECTIONS))
+    loaded = load_config(config_file, overrides, ("cluster", "router", "proxy", *_NODE_SECTIONS))
     engine = cast(EngineConfig, loaded.built["engine"])
     overrides = {**_own_defaults(loaded, is_staying=once is None), **overrides}
     question = None if once is None else _question(once, max_tokens, engine)
@@ -81,14 +82,18 @@ def prepare_up(
 def _own_defaults(loaded: LoadedConfig, *, is_staying: bool) -> Overrides:
     """Where a local cluster's defaults are not a lone router's: it listens on this machine only; and one
     that nobody else will ask takes any free ports, so that it can run beside another."""
-    defaults: dict[str, object] = {"listen_host": _LOCAL_HOST}
+    defaults: dict[str, dict[str, object]] = {
+        "router": {"listen_host": _LOCAL_HOST},
+        "proxy": {"host": _LOCAL_HOST},
+    }
     if not is_staying:
-        defaults |= {"grpc_port": 0, "http_port": 0}
-    given = cast("dict[str, object]", loaded.given.get("router", {}))
+        defaults["router"] |= {"grpc_port": 0, "http_port": 0}
+        defaults["proxy"] |= {"port": 0}
     return {
-        f"router.{name}": Override(f"--router.{name}", value)
-        for name, value in defaults.items()
-        if name not in given
+        f"{section}.{name}": Override(f"--{section}.{name}", value)
+        for section, values in defaults.items()
+        for name, value in values.items()
+        if name not in cast("dict[str, object]", loaded.given.get(section, {}))
     }
 
 
@@ -193,9 +198,16 @@ def _ready_text(cluster: LocalCluster) -> str:
     return (
         f"ready: router {cluster.address} (HTTP {facts.get('http_address', 'off')}),"
         f" {config.prefill} prefill and {config.decode} decode node(s)\n"
+        f"{_proxy_text(cluster)}"
         f'ask it with: kvrelay generate{asked} "Name three rivers."\n'
         "Ctrl-C stops it"
     )
+
+
+def _proxy_text(cluster: LocalCluster) -> str:
+    if cluster.proxy is None:
+        return ""
+    return f"OpenAI API: http://{cluster.proxy.facts['http_address']}/v1\n"
 
 
 async def _answer(address: str, question: Question) -> None:

@@ -189,6 +189,18 @@ class AsyncClient:
         """The models that are served now."""
         return await self._catalog.list_models()
 
+    async def find_model(self, model: str = "") -> ModelInfo:
+        """The model of that name; empty: the only one. What was heard lately is believed.
+
+        Raises:
+            UnknownModel: others are served.
+            InvalidRequest: `model` is empty and several are served.
+            NodeUnavailable: none is served.
+        """
+        if not isinstance(model, str):
+            raise InvalidRequest(f"model must be a string, got {model!r}", field="model")
+        return await self._catalog.find(model)
+
     async def cluster_state(self) -> ClusterState:
         """The cluster as one router sees it now."""
         return await self._routers.call(self._cluster_state_at)

@@ -42,6 +42,7 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         if len(source) > MAX_TEMPLATE_CHARS:
             raise KVRelayError(f"the model's chat template is longer than {MAX_TEMPLATE_CHARS} characters")
+        self.source = source
         self._special_tokens = dict(special_tokens)
         try:
             self._template = _environment().from_string(source)

@@ -1,0 +1,135 @@
+"""A chat completion as a stream of events."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
+
+from kvrelay.client import GenerationChunk, GenerationStream
+from kvrelay.openai_proxy.chat_words import finish_reason, new_call_id
+from kvrelay.openai_proxy.choices import read_choices
+from kvrelay.openai_proxy.logprobs import chat_logprobs
+from kvrelay.openai_proxy.service import usage_of
+from kvrelay.openai_proxy.sse import DONE, TextEvent, event
+from kvrelay.openai_proxy.tool_calls.events import CallArguments, CallStarted, Text
+
+if TYPE_CHECKING:
+    from kvrelay.openai_proxy.chat import ChatAsk
+
+
+class ChatEvents:
+    """The events of all choices of one request, in the order they come."""
+
+    def __init__(self, ask: ChatAsk) -> None:
+        self._ask = ask
+        options = ask.body.stream_options
+        self._has_usage = options is not None and options.include_usage
+
+    async def of_streams(self, streams: Sequence[GenerationStream]) -> AsyncGenerator[bytes, None]:
+        """Every event; closing it cancels what is under way.
+
+        Raises:
+            KVRelayError: a choice can't be served.
+        """
+        choices = [_Choice(self, self._ask, index) for index in range(len(streams))]
+        async with aclosing(read_choices(streams)) as chunks:
+            async for index, chunk in chunks:
+                choice = choices[index]
+                written = choice.add(chunk) if chunk is not None else choice.end(streams[index])
+                if written:
+                    yield written
+        if self._has_usage:
+            usage = usage_of([stream.result for stream in streams])
+            yield event({**self._envelope(), "choices": [], "usage": usage})
+        yield DONE
+
+    def shape(self, index: int, delta: dict[str, Any], **more: Any) -> dict[str, Any]:
+        """One event's value."""
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more}
+        shape = {**self._envelope(), "choices": [choice]}
+        return {**shape, "usage": None} if self._has_usage else shape
+
+    def _envelope(self) -> dict[str, Any]:
+        call = self._ask.call
+        return {
+            "id": f"chatcmpl-{call.request_id}",
+            "object": "chat.completion.chunk",
+            "created": call.created_s,
+            "model": self._ask.model.name,
+        }
+
+
+class _Choice:
+    """One choice's events."""
+
+    def __init__(self, events: ChatEvents, ask: ChatAsk, index: int) -> None:
+        self._events = events
+        self._ask = ask
+        self._index = index
+        self._parser = ask.parser()
+        self._has_role = False
+        self._call_arguments: list[str] = []
+        self._text_event = TextEvent(events.shape(index, {"content": TextEvent.MARK}))
+
+    def add(self, chunk: GenerationChunk) -> bytes:
+        """The events for one more part, perhaps none."""
+        written = b"" if self._has_role else self._role()
+        if self._ask.body.logprobs:
+            return written + self._with_logprobs(chunk)
+        if self._parser is not None:
+            return written + self._parsed(self._parser.push(chunk.text))
+        return written + self._text_event.with_text(chunk.text) if chunk.text else written
+
+    def end(self, stream: GenerationStream) -> bytes:
+        """The last events."""
+        result = stream.result
+        self._ask.call.charge(result)
+        written = b"" if self._has_role else self._role()
+        if self._parser is not None:
+            written += self._parsed(self._parser.finish())
+            for number, arguments in enumerate(self._call_arguments):
+                if not arguments:
+                    written += self._delta(_arguments_delta(number, "{}"))
+        reason = finish_reason(result, has_calls=bool(self._call_arguments))
+        return written + event(self._events.shape(self._index, {}, finish_reason=reason))
+
+    def _role(self) -> bytes:
+        self._has_role = True
+        return self._delta({"role": "assistant", "content": ""})
+
+    def _delta(self, delta: dict[str, Any], **more: Any) -> bytes:
+        return event(self._events.shape(self._index, delta, **more))
+
+    def _with_logprobs(self, chunk: GenerationChunk) -> bytes:
+        entries = chat_logprobs(chunk.token_ids, chunk.logprobs, self._ask.tokenizer, self._ask.hidden_ids)
+        logprobs = {"content": entries, "refusal": None}
+        if self._parser is not None:
+            parsed = self._parsed(self._parser.push(chunk.text))
+            return (self._delta({}, logprobs=logprobs) if entries else b"") + parsed
+        if not chunk.text and not entries:
+            return b""
+        return self._delta({"content": chunk.text}, logprobs=logprobs)
+
+    def _parsed(self, events: Sequence[Text | CallStarted | CallArguments]) -> bytes:
+        written = b""
+        for found in events:
+            match found:
+                case Text(text):
+                    written += self._text_event.with_text(text)
+                case CallStarted(number, name):
+                    self._call_arguments.append("")
+                    written += self._delta(_call_delta(number, name))
+                case CallArguments(number, json_text):
+                    self._call_arguments[number] += json_text
+                    written += self._delta(_arguments_delta(number, json_text))
+        return written
+
+
+def _call_delta(number: int, name: str) -> dict[str, Any]:
+    function = {"name": name, "arguments": ""}
+    return {"tool_calls": [{"index": number, "id": new_call_id(), "type": "function", "function": function}]}
+
+
+def _arguments_delta(number: int, json_text: str) -> dict[str, Any]:
+    return {"tool_calls": [{"index": number, "function": {"arguments": json_text}}]}

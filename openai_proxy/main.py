@@ -1,0 +1,155 @@
+"""A proxy's processes: one worker here, or several that share the port and are replaced when they die."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Final
+
+from kvrelay.core.errors import ConfigError
+from kvrelay.node.ready_file import write_ready_file
+from kvrelay.openai_proxy.access import Access, ApiKey, read_keys
+from kvrelay.openai_proxy.config import ProxyConfig
+from kvrelay.openai_proxy.usage_board import UsageBoard
+
+logger = logging.getLogger(__name__)
+
+EXIT_OK: Final = 0
+EXIT_FAILED: Final = 1
+MIN_LIFE_S: Final = 5.0
+"""A worker that dies sooner is not replaced: it would die again."""
+STOP_MARGIN_S: Final = 5.0
+_LOOPBACK_OF: Final = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
+_MULTIPROC_VARIABLE: Final = "PROMETHEUS_MULTIPROC_DIR"
+
+
+def run_proxy(config: ProxyConfig) -> int:
+    """Run one proxy until SIGTERM or SIGINT; returns the exit status.
+
+    Raises:
+        ConfigError: the keys can't be read, or the port can't be had.
+    """
+    logging.basicConfig(
+        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
+    )
+    keys = read_keys(Path(config.keys_file)) if config.keys_file else ()
+    with _listen(config) as listening:
+        _announce(config, listening)
+        if config.workers == 1:
+            from kvrelay.openai_proxy.worker import run_worker
+
+            run_worker(config, Access(keys, UsageBoard(len(keys))), listening)
+            return EXIT_OK
+        return _Supervisor(config, keys, listening).run()
+
+
+def _listen(config: ProxyConfig) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except OSError as error:
+        why = error.strerror or str(error)
+        text = f"port {config.port} can't be listened on at {config.host}: {why}"
+        raise ConfigError(text, field="port") from None
+
+
+def _announce(config: ProxyConfig, listening: socket.socket) -> None:
+    port = listening.getsockname()[1]
+    reachable = _LOOPBACK_OF.get(config.host, config.host)
+    logger.info("ready http=%s:%d routers=%s", config.host, port, ",".join(config.routers))
+    if config.ready_file:
+        facts: dict[str, str | int] = {
+            "pid": os.getpid(),
+            "role": "proxy",
+            "http_address": f"{reachable}:{port}",
+        }
+        write_ready_file(Path(config.ready_file), facts)
+
+
+class _Supervisor:
+    """Keeps `workers` processes alive. They are forked before anything has started a thread, so that they
+    share the listening socket and the usage board."""
+
+    def __init__(self, config: ProxyConfig, keys: tuple[ApiKey, ...], listening: socket.socket) -> None:
+        self._config = config
+        self._keys = keys
+        self._listening = listening
+        self._board = UsageBoard(len(keys), config.workers)
+        self._workers: dict[int, tuple[BaseProcess, float]] = {}
+        self._is_stopping = False
+        self._wake_reader, self._wake_writer = socket.socketpair()
+
+    def run(self) -> int:
+        """Until told to stop, or until a worker can't stay alive; returns the exit status."""
+        os.environ[_MULTIPROC_VARIABLE] = tempfile.mkdtemp(prefix="kvrelay-proxy-metrics-")
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        try:
+            for worker in range(self._config.workers):
+                self._start(worker)
+            is_well = self._watch()
+            self._stop()
+            return EXIT_OK if is_well else EXIT_FAILED
+        finally:
+            shutil.rmtree(os.environ[_MULTIPROC_VARIABLE], ignore_errors=True)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self._is_stopping = True
+        self._wake_writer.send(b"x")
+
+    def _watch(self) -> bool:
+        """Replace workers that die. False: one dies as soon as it is started."""
+        while not self._is_stopping:
+            wait([self._wake_reader, *(process.sentinel for process, _ in self._workers.values())])
+            for worker, (process, started_s) in list(self._workers.items()):
+                if self._is_stopping or process.is_alive():
+                    continue
+                logger.error("worker=%d pid=%s died exit=%s", worker, process.pid, process.exitcode)
+                self._forget_figures(process.pid)
+                if time.monotonic() - started_s < MIN_LIFE_S:
+                    return False
+                self._start(worker)
+        return True
+
+    def _start(self, worker: int) -> None:
+        context = multiprocessing.get_context("fork")
+        process = context.Process(target=self._work, args=(worker,), name=f"kvrelay proxy worker {worker}")
+        process.start()
+        self._workers[worker] = (process, time.monotonic())
+
+    def _work(self, worker: int) -> None:
+        """In the new process."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        from kvrelay.openai_proxy.worker import run_worker
+
+        board = UsageBoard(len(self._keys), self._config.workers, worker, self._board.shared)
+        run_worker(self._config, Access(self._keys, board), self._listening)
+        sys.exit(EXIT_OK)
+
+    def _stop(self) -> None:
+        processes = [process for process, _ in self._workers.values()]
+        for process in processes:
+            process.terminate()
+        until_s = time.monotonic() + self._config.drain_timeout_s + STOP_MARGIN_S
+        for process in processes:
+            process.join(max(0.0, until_s - time.monotonic()))
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+    def _forget_figures(self, pid: int | None) -> None:
+        """A dead worker no longer has requests under way; what it counted stays."""
+        if pid is not None:
+            for file in Path(os.environ[_MULTIPROC_VARIABLE]).glob(f"gauge_live*_{pid}.db"):
+                file.unlink(missing_ok=True)

@@ -1,0 +1,86 @@
+"""What every endpoint works with: the client, the configuration, and one request's circumstances."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from starlette.requests import Request
+
+from kvrelay.client import AsyncClient, GenerationResult, GenerationStream, SamplingParams
+from kvrelay.core.cluster_view import ModelInfo
+from kvrelay.openai_proxy.access import Grant
+from kvrelay.openai_proxy.config import ProxyConfig
+from kvrelay.openai_proxy.metrics import ProxyMetrics
+from kvrelay.openai_proxy.sampling import for_choice
+from kvrelay.openai_proxy.schema.base import SamplingBody
+
+PARAMS: Final[Mapping[str, str]] = {"request_id": "x-request-id"}
+
+
+@dataclass(slots=True, eq=False)
+class ProxyService:
+    """One worker's. `client` is used on the worker's event loop."""
+
+    config: ProxyConfig
+    client: AsyncClient
+    metrics: ProxyMetrics
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One request of a caller. `grant` is what its key allows; `created_s` is Unix time."""
+
+    service: ProxyService
+    request_id: str
+    grant: Grant
+    created_s: int = field(default_factory=lambda: int(time.time()))
+
+    @classmethod
+    def of(cls, request: Request) -> Call:
+        """What the middleware found out about it."""
+        state = request.scope["state"]
+        return cls(request.app.state.service, state["request_id"], state["grant"])
+
+    def generate(
+        self, body: SamplingBody, model: ModelInfo, sampling: SamplingParams, index: int, **prompt: Any
+    ) -> GenerationStream:
+        """Choice `index` of the request. `prompt` is what `AsyncClient.generate` takes for one.
+
+        Raises:
+            InvalidRequest: a field can't be served.
+        """
+        return self.service.client.generate(
+            model=model.name,
+            sampling=for_choice(sampling, index),
+            timeout_s=self.service.config.request_timeout_s,
+            request_id=self.request_id if index == 0 else f"{self.request_id}-{index}",
+            cache_salt=self.grant.cache_salt(body.cache_salt),
+            stop=body.stop,
+            include_stop=body.include_stop_str_in_output,
+            skip_special_tokens=body.skip_special_tokens,
+            **prompt,
+        )
+
+    def charge(self, result: GenerationResult) -> None:
+        """Count an answer's tokens against the key's limit, and in the metrics."""
+        num_prompt, num_output = result.report.num_prompt_tokens, len(result.token_ids)
+        self.grant.charge(num_prompt + num_output)
+        self.service.metrics.count_answer(
+            result.finish_reason, num_prompt, result.report.num_cached_tokens, num_output
+        )
+
+
+def usage_of(results: Sequence[GenerationResult], num_prompts: int = 1) -> dict[str, Any]:
+    """OpenAI's usage object: each of `num_prompts` prompts counts once, every output token counts."""
+    firsts = results[:: max(1, len(results) // num_prompts)]
+    num_prompt = sum(result.report.num_prompt_tokens for result in firsts)
+    num_output = sum(len(result.token_ids) for result in results)
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_output,
+        "total_tokens": num_prompt + num_output,
+        "prompt_tokens_details": {"cached_tokens": sum(result.report.num_cached_tokens for result in firsts)},
+    }
