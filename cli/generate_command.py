@@ -14,12 +14,15 @@ from kvrelay.cli.generate_options import (
     AsJson,
     FrequencyPenalty,
     IgnoreEos,
+    JsonSchema,
     Logprobs,
     MaxTokens,
     MinP,
+    MinTokens,
     ModelName,
     PresencePenalty,
     Raw,
+    Regex,
     RepetitionPenalty,
     RequestIdText,
     Seed,
@@ -31,6 +34,7 @@ from kvrelay.cli.generate_options import (
     TokenIds,
     TopK,
     TopP,
+    grammar_of,
 )
 from kvrelay.cli.options import DEFAULT_ROUTER, RouterAddresses
 
@@ -75,6 +79,9 @@ def generate(
     stop_token_ids: StopTokenIds = None,
     ignore_eos: IgnoreEos = False,
     logprobs: Logprobs = None,
+    min_tokens: MinTokens = None,
+    json_schema: JsonSchema = None,
+    regex: Regex = None,
     timeout_s: Timeout = None,
     request_id: RequestIdText = "",
     stats: Stats = False,
@@ -96,6 +103,8 @@ def generate(
         "stop_token_ids": tuple(stop_token_ids) if stop_token_ids else None,
         "ignore_eos": ignore_eos,
         "num_logprobs": logprobs,
+        "min_tokens": min_tokens,
+        "grammar": grammar_of(json_schema, regex),
     }
     text = _read_prompt(prompt)
     question = Question(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
+
+if TYPE_CHECKING:
+    from kvrelay.core.sampling import Grammar
 
 _SAMPLING: Final = "Sampling"
 _PROMPT: Final = "Prompt"
@@ -48,6 +52,11 @@ Logprobs = Annotated[
     int | None,
     _sampling_option("--logprobs", "K", "Log-probabilities of the K likeliest tokens, for --json."),
 ]
+MinTokens = Annotated[int | None, _sampling_option("--min-tokens", "N", "Do not end before. Default: 0.")]
+JsonSchema = Annotated[
+    Path | None, _sampling_option("--json-schema", "FILE", "The answer is JSON that this schema allows.")
+]
+Regex = Annotated[str | None, _sampling_option("--regex", "REGEX", "The whole answer matches it.")]
 Timeout = Annotated[
     float | None,
     typer.Option("--timeout", metavar="SECONDS", help="Give up after that long. Default: the router's."),
@@ -57,3 +66,22 @@ RequestIdText = Annotated[
 ]
 Stats = Annotated[bool, typer.Option("--stats", help="Print placement and timings to stderr.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object at the end instead of the text.")]
+
+
+def grammar_of(json_schema: Path | None, regex: str | None) -> Grammar | None:
+    """The grammar that the options ask for.
+
+    Raises:
+        InvalidRequest: both are given, or the file can't be read.
+    """
+    from kvrelay.core.errors import InvalidRequest
+    from kvrelay.core.sampling import Grammar, GrammarKind
+
+    if json_schema is None:
+        return None if regex is None else Grammar(GrammarKind.REGEX, regex)
+    if regex is not None:
+        raise InvalidRequest("give either --json-schema or --regex", field="--regex")
+    try:
+        return Grammar(GrammarKind.JSON_SCHEMA, json_schema.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"--json-schema can't be read: {error}", field="--json-schema") from error

@@ -17,7 +17,7 @@ from kvrelay.client.results import GenerationChunk, GenerationResult
 from kvrelay.client.sync_client import BlockingStream, Client
 from kvrelay.core.request import FinishReason, TokenLogprobs
 from kvrelay.core.request_report import RequestReport
-from kvrelay.core.sampling import SamplingParams
+from kvrelay.core.sampling import Grammar, GrammarKind, SamplingParams
 
 __all__ = [
     "AsyncClient",
@@ -28,6 +28,8 @@ __all__ = [
     "GenerationChunk",
     "GenerationResult",
     "GenerationStream",
+    "Grammar",
+    "GrammarKind",
     "ModelTokenizer",
     "RequestReport",
     "SamplingParams",

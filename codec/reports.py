@@ -24,6 +24,7 @@ from kvrelay.v1 import cluster_pb2
 
 MAX_CODE_CHARS: Final = 64
 MAX_TRANSPORT_CHARS: Final = 64
+MAX_FIELD_CHARS: Final = 256
 
 
 def encode_report(report: Report) -> cluster_pb2.Report:
@@ -57,14 +58,14 @@ def _encode_terminal(
     report: AttemptRefused | AttemptFinished | AttemptFailed | KVReleased | DrainStarted,
 ) -> cluster_pb2.Report:
     match report:
-        case AttemptRefused(attempt, code, message):
-            refused = cluster_pb2.AttemptRefused(code=code, message=cut(message))
+        case AttemptRefused(attempt, code, message, field):
+            refused = cluster_pb2.AttemptRefused(code=code, message=cut(message), field=field)
             return cluster_pb2.Report(attempt=attempt, attempt_refused=refused)
         case AttemptFinished(attempt, reason):
             finished = cluster_pb2.AttemptFinished(finish_reason=encode_finish_reason(reason))
             return cluster_pb2.Report(attempt=attempt, attempt_finished=finished)
-        case AttemptFailed(attempt, code, message):
-            failed = cluster_pb2.AttemptFailed(code=code, message=cut(message))
+        case AttemptFailed(attempt, code, message, field):
+            failed = cluster_pb2.AttemptFailed(code=code, message=cut(message), field=field)
             return cluster_pb2.Report(attempt=attempt, attempt_failed=failed)
         case KVReleased(attempt):
             return cluster_pb2.Report(attempt=attempt, kv_released=cluster_pb2.KVReleased())
@@ -109,21 +110,29 @@ def _code(pb: cluster_pb2.AttemptRefused | cluster_pb2.AttemptFailed, kind: str)
     return text(pb.code, f"reports.{kind}.code", MAX_CODE_CHARS, is_required=True)
 
 
-def _message(pb: cluster_pb2.AttemptRefused | cluster_pb2.AttemptFailed) -> str:
-    return cut(pb.message)
+def _field(pb: cluster_pb2.AttemptRefused | cluster_pb2.AttemptFailed, kind: str) -> str:
+    return text(pb.field, f"reports.{kind}.field", MAX_FIELD_CHARS)
+
+
+def _attempt_refused(attempt: AttemptId, pb: cluster_pb2.AttemptRefused) -> Report:
+    kind = "attempt_refused"
+    return AttemptRefused(attempt, _code(pb, kind), cut(pb.message), _field(pb, kind))
+
+
+def _attempt_failed(attempt: AttemptId, pb: cluster_pb2.AttemptFailed) -> Report:
+    kind = "attempt_failed"
+    return AttemptFailed(attempt, _code(pb, kind), cut(pb.message), _field(pb, kind))
 
 
 _DECODERS: Final[dict[str, Callable[[AttemptId, Any], Report]]] = {
     "reserved": lambda attempt, pb: Reserved(attempt, cast(int, pb.num_cached_tokens)),
     "prefill_finished": _prefill_finished,
     "handoff_verified": _handoff_verified,
-    "attempt_refused": lambda attempt, pb: AttemptRefused(
-        attempt, _code(pb, "attempt_refused"), _message(pb)
-    ),
+    "attempt_refused": _attempt_refused,
     "attempt_finished": lambda attempt, pb: AttemptFinished(
         attempt, decode_finish_reason(pb.finish_reason, "reports.attempt_finished.finish_reason")
     ),
-    "attempt_failed": lambda attempt, pb: AttemptFailed(attempt, _code(pb, "attempt_failed"), _message(pb)),
+    "attempt_failed": _attempt_failed,
     "kv_released": lambda attempt, pb: KVReleased(attempt),
     "drain_started": lambda attempt, pb: DrainStarted(),
 }

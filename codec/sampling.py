@@ -8,7 +8,7 @@ from typing import Final
 from kvrelay.codec.bounds import MAX_TOKEN_ID
 from kvrelay.core.errors import InvalidRequest
 from kvrelay.core.request import FinishReason, TokenLogprobs
-from kvrelay.core.sampling import MAX_LOGPROBS, SamplingParams
+from kvrelay.core.sampling import MAX_LOGPROBS, Grammar, GrammarKind, SamplingParams
 from kvrelay.v1 import common_pb2
 
 _OPTIONAL_FIELDS: Final = (
@@ -22,6 +22,7 @@ _OPTIONAL_FIELDS: Final = (
     "frequency_penalty",
     "seed",
     "num_logprobs",
+    "min_tokens",
 )
 _DEFAULTS: Final = SamplingParams()
 _REASON_OF_NUMBER: Final = {
@@ -29,6 +30,13 @@ _REASON_OF_NUMBER: Final = {
     common_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
 }
 _NUMBER_OF_REASON: Final = {reason: number for number, reason in _REASON_OF_NUMBER.items()}
+_KIND_OF_NUMBER: Final = {
+    common_pb2.GRAMMAR_KIND_JSON_OBJECT: GrammarKind.JSON_OBJECT,
+    common_pb2.GRAMMAR_KIND_JSON_SCHEMA: GrammarKind.JSON_SCHEMA,
+    common_pb2.GRAMMAR_KIND_REGEX: GrammarKind.REGEX,
+    common_pb2.GRAMMAR_KIND_LARK: GrammarKind.LARK,
+}
+_NUMBER_OF_KIND: Final = {kind: number for number, kind in _KIND_OF_NUMBER.items()}
 
 
 def encode_sampling(sampling: SamplingParams) -> common_pb2.SamplingParams:
@@ -39,7 +47,12 @@ def encode_sampling(sampling: SamplingParams) -> common_pb2.SamplingParams:
         if getattr(sampling, name) != getattr(_DEFAULTS, name)
     }
     return common_pb2.SamplingParams(
-        **changed, stop_token_ids=sampling.stop_token_ids, ignore_eos=sampling.ignore_eos
+        **changed,
+        stop_token_ids=sampling.stop_token_ids,
+        ignore_eos=sampling.ignore_eos,
+        logit_bias_token_ids=[token_id for token_id, _ in sampling.logit_bias],
+        logit_biases=[bias for _, bias in sampling.logit_bias],
+        grammar=None if sampling.grammar is None else _encode_grammar(sampling.grammar),
     )
 
 
@@ -50,7 +63,34 @@ def decode_sampling(pb: common_pb2.SamplingParams) -> SamplingParams:
         InvalidRequest: a parameter is out of range; `field` is ``sampling.<name>``.
     """
     given = {name: getattr(pb, name) for name in _OPTIONAL_FIELDS if pb.HasField(name)}
-    return SamplingParams(**given, stop_token_ids=tuple(pb.stop_token_ids), ignore_eos=pb.ignore_eos)
+    return SamplingParams(
+        **given,
+        stop_token_ids=tuple(pb.stop_token_ids),
+        ignore_eos=pb.ignore_eos,
+        logit_bias=_decode_logit_bias(pb),
+        grammar=_decode_grammar(pb.grammar) if pb.HasField("grammar") else None,
+    )
+
+
+def _encode_grammar(grammar: Grammar) -> common_pb2.Grammar:
+    return common_pb2.Grammar(kind=_NUMBER_OF_KIND[grammar.kind], source=grammar.source)
+
+
+def _decode_grammar(pb: common_pb2.Grammar) -> Grammar:
+    for known, kind in _KIND_OF_NUMBER.items():
+        if pb.kind == known:
+            return Grammar(kind, pb.source)
+    raise InvalidRequest(f"sampling.grammar: {pb.kind} is no kind of grammar", field="sampling.grammar")
+
+
+def _decode_logit_bias(pb: common_pb2.SamplingParams) -> tuple[tuple[int, float], ...]:
+    ids, biases = pb.logit_bias_token_ids, pb.logit_biases
+    if len(ids) != len(biases):
+        raise InvalidRequest(
+            f"sampling.logit_bias has {len(ids)} token ids and {len(biases)} biases",
+            field="sampling.logit_bias",
+        )
+    return tuple(zip(ids, biases, strict=True))
 
 
 def encode_finish_reason(reason: FinishReason) -> common_pb2.FinishReason:

@@ -129,11 +129,15 @@ class HandoffVerified:
 
 @dataclass(frozen=True, slots=True)
 class AttemptRefused:
-    """Terminal: there is no room, or the node drains; nothing was taken."""
+    """Terminal: there is no room, the node drains, or it can't serve such a request; nothing was taken.
+
+    `field` names the request's field at fault; empty: none.
+    """
 
     attempt: AttemptId
     code: str
     message: str
+    field: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +150,12 @@ class AttemptFinished:
 
 @dataclass(frozen=True, slots=True)
 class AttemptFailed:
-    """Terminal: the engine or the handoff failed; the KV is freed."""
+    """Terminal: the engine or the handoff failed; the KV is freed. `field` as in `AttemptRefused`."""
 
     attempt: AttemptId
     code: str
     message: str
+    field: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,6 +60,11 @@ class TokenRequest:
         """Output tokens that `max_tokens` still allows."""
         return self.sampling.max_tokens - self.num_output_tokens
 
+    @property
+    def max_message_bytes(self) -> int:
+        """At most so many bytes of a message are this request's, but for some hundred."""
+        return len(self.token_ids) * 5 + self.sampling.max_extra_bytes
+
     def continued_with(self, output_token_ids: tuple[int, ...]) -> TokenRequest:
         """The continuation: the same request with more of its output known."""
         return replace(self, token_ids=self.token_ids + output_token_ids)
@@ -69,13 +74,19 @@ def check_fits_model(request: TokenRequest, *, vocab_size: int, max_model_len: i
     """Refuse what the model cannot take, naming the field.
 
     Raises:
-        InvalidRequest: a token id is not in the vocabulary.
+        InvalidRequest: a token id, of the prompt or of `logit_bias`, is not in the vocabulary.
         ContextLengthExceeded: the prompt leaves no room for a single output token.
     """
     if max(request.token_ids) >= vocab_size:
         raise InvalidRequest(
             f"prompt_token_ids holds {max(request.token_ids)}, the vocabulary ends at {vocab_size - 1}",
             field="prompt_token_ids",
+        )
+    biased_id = max((token_id for token_id, _ in request.sampling.logit_bias), default=0)
+    if biased_id >= vocab_size:
+        raise InvalidRequest(
+            f"sampling.logit_bias names token {biased_id}, the vocabulary ends at {vocab_size - 1}",
+            field="sampling.logit_bias",
         )
     if len(request.token_ids) >= max_model_len:
         raise ContextLengthExceeded(

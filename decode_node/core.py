@@ -25,9 +25,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Final
 
-from kvrelay.core.errors import EngineFailed
 from kvrelay.core.node_messages import (
-    AttemptFailed,
     AttemptFinished,
     HandoffVerified,
     Reserved,
@@ -38,7 +36,7 @@ from kvrelay.core.node_messages import (
 from kvrelay.engine.interface import SequenceFailure
 from kvrelay.kv_transfer.interface import ExpectedTransfer, ReceiveDone
 from kvrelay.node.attempt import ENDING, Attempt, AttemptState, Transitions, prompt_digest, sequence_key
-from kvrelay.node.core import NodeCore
+from kvrelay.node.core import NodeCore, failure
 from kvrelay.node.effect_buffer import EffectBuffer
 from kvrelay.node.events import (
     ExpectTransfer,
@@ -117,15 +115,14 @@ class DecodeNodeCore(NodeCore):
                 columns.append(transfer_id.attempt, output.index, output.token_id, output.logprobs)
             if output.finish_reason is not None:
                 self._drop(attempt, AttemptFinished(attempt.number, output.finish_reason), out)
-        for failure in event.step.failures:
-            self._on_failure(failure, out)
+        for failed in event.step.failures:
+            self._on_failure(failed, out)
 
-    def _on_failure(self, failure: SequenceFailure, out: EffectBuffer) -> None:
-        attempt = self._attempts.get(failure.key)
+    def _on_failure(self, failed: SequenceFailure, out: EffectBuffer) -> None:
+        attempt = self._attempts.get(failed.key)
         if attempt is None or attempt.state in ENDING:
             return
-        error = EngineFailed(failure.message)
         if attempt.has_transfer:
-            self._end_with_error(attempt, error, out)
+            self._end_with_error(attempt, failed.error, out)
         else:
-            self._drop(attempt, AttemptFailed(attempt.number, error.code, error.message), out)
+            self._drop(attempt, failure(attempt.number, failed.error), out)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Final
 
@@ -17,6 +17,37 @@ class EngineKind(StrEnum):
 
     TORCH = "torch"
     SIM = "sim"
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarLimits:
+    """Bounds of what grammars may cost, as llguidance counts it; beyond them the request is refused or fails.
+
+    The engine's thread compiles a grammar when its request arrives and computes its masks in each step, so
+    these bound how long one request may hold up all others. `initial_lexer_fuel` and `max_grammar_size`
+    bound compiling; `step_lexer_fuel`, `step_max_items` and `max_items_in_row` one mask; `max_lexer_states`
+    the memory of one grammar (1 to 2 kB a state). `num_cached` compiled grammars are kept.
+
+    Raises:
+        ConfigError: lists all the faults, one a line.
+    """
+
+    num_cached: int = 32
+    initial_lexer_fuel: int = 200_000
+    step_lexer_fuel: int = 200_000
+    step_max_items: int = 10_000
+    max_items_in_row: int = 1_000
+    max_lexer_states: int = 10_000
+    max_grammar_size: int = 200_000
+
+    def __post_init__(self) -> None:
+        faults = [
+            f"{spec.name} must be from 1 to {2**31 - 1}, got {value!r}"
+            for spec in fields(self)
+            if type(value := getattr(self, spec.name)) is not int or not 1 <= value < 2**31
+        ]
+        if faults:
+            raise ConfigError("\n".join(faults))
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +78,7 @@ class EngineConfig:
     max_waiting: int = 256
     num_threads: int | None = None
     layers_per_group: int | None = None
+    grammar: GrammarLimits = field(default_factory=GrammarLimits)
     sim_vocab_size: int = 32_000
     sim_timing: SimTiming = field(default_factory=SimTiming)
 

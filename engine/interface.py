@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NewType, Protocol
 
+from kvrelay.core.errors import EngineFailed, InvalidRequest, KVRelayError
 from kvrelay.core.ids import BlockId
 from kvrelay.core.kv import KVFingerprint, KVStore
 from kvrelay.core.request import FinishReason, TokenLogprobs, TokenRequest
@@ -52,10 +53,19 @@ class SequenceOutput:
 
 @dataclass(frozen=True, slots=True)
 class SequenceFailure:
-    """A sequence that the engine gave up; it holds nothing any more."""
+    """A sequence that the engine gave up; it holds nothing any more.
+
+    `field` names the request's field at fault; empty: the request is sound.
+    """
 
     key: SequenceKey
     message: str
+    field: str = ""
+
+    @property
+    def error(self) -> KVRelayError:
+        """The caller's fault where a field is at fault, else the engine's."""
+        return InvalidRequest(self.message, field=self.field) if self.field else EngineFailed(self.message)
 
 
 @dataclass(frozen=True, slots=True)

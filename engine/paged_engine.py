@@ -37,9 +37,10 @@ class DrawnToken(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class DrawFailed:
-    """The sequence can't go on."""
+    """The sequence can't go on. `field` as in `SequenceFailure`."""
 
     message: str
+    field: str = ""
 
 
 LayerDone = Callable[[int], None]
@@ -51,6 +52,14 @@ class Executor(Protocol):
 
     @property
     def kv(self) -> KVStore: ...
+
+    def prepare(self, request: TokenRequest) -> object:
+        """A new sequence's `executor_state`.
+
+        Raises:
+            InvalidRequest: it can't serve this request; `field` says why.
+        """
+        ...
 
     def execute(
         self, chunks: Sequence[Chunk], layer_done: LayerDone | None
@@ -77,7 +86,8 @@ class PagedEngine:
     ) -> None:
         self._info = info
         self._executor = executor
-        self._scheduler = Scheduler(info, BlockPool(info.num_blocks, spread=spread_blocks), limits)
+        pool = BlockPool(info.num_blocks, spread=spread_blocks)
+        self._scheduler = Scheduler(info, pool, limits, executor.prepare)
         self._layers_per_group = layers_per_group
         self._listener: KVReadyListener | None = None
         self._failures: list[SequenceFailure] = []
@@ -153,7 +163,7 @@ class PagedEngine:
                 continue
             if isinstance(result, DrawFailed):  # Its KV is suspect: it does not join the prefix cache.
                 self._scheduler.release(chunk.sequence.key)
-                self._failures.append(SequenceFailure(chunk.sequence.key, result.message))
+                self._failures.append(SequenceFailure(chunk.sequence.key, result.message, result.field))
                 continue
             self._scheduler.mark_computed(chunk)
             if result is not None:

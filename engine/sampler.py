@@ -1,6 +1,7 @@
 """Draws the next token of each sequence from its logits.
 
-The order is that of `SamplingParams`: penalties, temperature, top-k, top-p, min-p, one Gumbel-max draw.
+The order is that of `SamplingParams`: biases, penalties, the mask of allowed tokens, temperature, top-k,
+top-p, min-p, one Gumbel-max draw.
 A row's outcome depends on that row alone, so it is the same by itself and in any batch.
 """
 
@@ -26,11 +27,15 @@ _NUM_NUCLEUS_GUESS: Final = 512
 
 @dataclass(frozen=True, slots=True)
 class DrawRequest:
-    """One row. `token_ids` is everything before the drawn token: prompt, then outputs."""
+    """One row. `token_ids` is everything before the drawn token: prompt, then outputs.
+
+    `allowed` says what may be drawn, ``[vocab_size]`` bool, or why nothing can be; None: anything may.
+    """
 
     sampling: SamplingParams
     token_ids: Sequence[int]
     num_prompt_tokens: int
+    allowed: Tensor | DrawFailed | None = None
 
 
 def draw(logits: Tensor, requests: Sequence[DrawRequest]) -> list[DrawnToken | DrawFailed]:
@@ -40,21 +45,30 @@ def draw(logits: Tensor, requests: Sequence[DrawRequest]) -> list[DrawnToken | D
         for row, request in zip(logits, requests, strict=True)
     ]
     for row, request in zip(logits, requests, strict=True):
-        if request.sampling.has_penalties:
-            _penalise(row, request)
+        _adjust(row, request)
     best, greedy_ids = logits.max(dim=1)
-    is_sound = torch.isfinite(best).tolist()
-    token_ids = greedy_ids.tolist()
+    best_logits, token_ids = best.tolist(), greedy_ids.tolist()
     results: list[DrawnToken | DrawFailed] = []
     for index, request in enumerate(requests):
-        if not is_sound[index]:
-            results.append(DrawFailed("the model's logits are not finite"))
+        failed = _why_none(best_logits[index], request)
+        if failed is not None:
+            results.append(failed)
             continue
         token_id = token_ids[index]
         if not request.sampling.is_greedy:
-            token_id = _draw_one(logits[index], float(best[index]), request)
+            token_id = _draw_one(logits[index], best_logits[index], request)
         results.append(DrawnToken(token_id, _report(logprobs[index], token_id, request.sampling)))
     return results
+
+
+def _why_none(best: float, request: DrawRequest) -> DrawFailed | None:
+    """Why nothing can be drawn, if so, from a row whose largest logit is `best`."""
+    if isinstance(request.allowed, DrawFailed):
+        return request.allowed
+    if best == -math.inf and request.allowed is not None:
+        field = "sampling.min_tokens" if request.sampling.grammar is None else "sampling.grammar"
+        return DrawFailed(f"{field} leaves no token to draw", field)
+    return None if math.isfinite(best) else DrawFailed("the model's logits are not finite")
 
 
 def _draw_one(row: Tensor, best: float, request: DrawRequest) -> int:
@@ -97,6 +111,17 @@ def _nucleus(scaled: Tensor, num_kept: int, top_p: float) -> Tensor:
 
 def _likeliest(scaled: Tensor, num_kept: int) -> Tensor:
     return scaled if num_kept == scaled.shape[0] else scaled.topk(num_kept).values
+
+
+def _adjust(row: Tensor, request: DrawRequest) -> None:
+    sampling = request.sampling
+    if sampling.logit_bias:
+        ids, biases = zip(*sampling.logit_bias, strict=True)
+        row[torch.tensor(ids)] += torch.tensor(biases, dtype=row.dtype)
+    if sampling.has_penalties:
+        _penalise(row, request)
+    if isinstance(request.allowed, Tensor):
+        row.masked_fill_(~request.allowed, -math.inf)
 
 
 def _penalise(row: Tensor, request: DrawRequest) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 
@@ -25,6 +25,8 @@ from kvrelay.core.request import FinishReason, TokenRequest, check_fits_model
 from kvrelay.engine.block_pool import BlockPool
 from kvrelay.engine.interface import EngineInfo, EngineLoad, Reservation, SequenceKey
 from kvrelay.engine.sequence import Chunk, LiveSequence, Purpose, Stage
+
+Prepare = Callable[[TokenRequest], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +59,13 @@ class StepPlan:
 
 
 class Scheduler:
-    """The live sequences of one engine. See the module's text."""
+    """The live sequences of one engine. See the module's text.
 
-    def __init__(self, info: EngineInfo, pool: BlockPool, limits: SchedulerLimits) -> None:
+    `prepare` gives a new sequence's `executor_state`, and may refuse its request.
+    """
+
+    def __init__(self, info: EngineInfo, pool: BlockPool, limits: SchedulerLimits, prepare: Prepare) -> None:
+        self._prepare = prepare
         self._info = info
         self._pool = pool
         self._limits = limits
@@ -84,7 +90,7 @@ class Scheduler:
 
         Raises:
             Overloaded: `max_waiting` sequences wait already.
-            InvalidRequest, ContextLengthExceeded: the model or the pool could never take it.
+            InvalidRequest, ContextLengthExceeded: the model, the pool or the executor could never take it.
             DuplicateRequest: the key is in use.
         """
         self._check(request, key)
@@ -225,6 +231,7 @@ class Scheduler:
             stage=stage,
             token_ids=list(request.token_ids),
             prefill_end_tokens=len(request.token_ids),
+            executor_state=self._prepare(request),
         )
         self._live[key] = sequence
         return sequence

@@ -74,7 +74,7 @@ class LiveSequence:
     ) -> FinishReason | None:
         """Whether `token_id`, the last of `token_ids`, ends the sequence."""
         sampling = self.request.sampling
-        if token_id in sampling.stop_token_ids or (token_id in eos_token_ids and not sampling.ignore_eos):
+        if token_id in sampling.stop_token_ids or (token_id in eos_token_ids and sampling.ends_at_eos):
             return FinishReason.STOP
         num_tokens = len(self.token_ids)
         if num_tokens - self.request.num_prompt_tokens >= sampling.max_tokens or num_tokens >= max_model_len:

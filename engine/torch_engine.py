@@ -11,6 +11,7 @@ from kvrelay.core.errors import ConfigError
 from kvrelay.core.kv import KVFingerprint, KVLayout
 from kvrelay.engine.config import EngineConfig
 from kvrelay.engine.device import TORCH_DTYPES, CpuDevice
+from kvrelay.engine.grammar import GrammarCompiler
 from kvrelay.engine.interface import EngineInfo
 from kvrelay.engine.model.config import ModelConfig, read_model_config
 from kvrelay.engine.model.loader import load_weights
@@ -51,8 +52,14 @@ class TorchEngine(PagedEngine):
             )
             cache = device.kv_cache(layout)
             attention = device.attention(cache, model_config.num_heads)
+        vocab_size, eos_token_ids = model_config.vocab_size, model_config.eos_token_ids
         runner = ModelRunner(
-            Transformer(model_config, weights, attention), attention, device.kv_store(layout, cache)
+            Transformer(model_config, weights, attention),
+            attention,
+            device.kv_store(layout, cache),
+            GrammarCompiler(folder, vocab_size, eos_token_ids, config.grammar),
+            vocab_size=vocab_size,
+            eos_token_ids=eos_token_ids,
         )
         info = _engine_info(model_config, config, layout, max_model_len, name, model_digest(folder))
         limits = SchedulerLimits(config.max_num_seqs, config.max_num_batched_tokens, config.max_waiting)

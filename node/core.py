@@ -170,7 +170,7 @@ class NodeCore(ABC):
             out.add(ReleaseSequence(attempt.key))
 
     def _end_with_error(self, attempt: Attempt, error: KVRelayError, out: EffectBuffer) -> None:
-        self._end(attempt, AttemptFailed(attempt.number, error.code, error.message), out)
+        self._end(attempt, failure(attempt.number, error), out)
 
     def _drop(self, attempt: Attempt, terminal: Report, out: EffectBuffer) -> None:
         """The attempt holds nothing any more: report that, and forget it."""
@@ -213,7 +213,7 @@ class NodeCore(ABC):
         for attempt in list(self._attempts.values()):
             if attempt.has_transfer:
                 out.add(CancelTransfer(attempt.transfer_id))
-            self._drop(attempt, AttemptFailed(attempt.number, EngineFailed.code, event.message), out)
+            self._drop(attempt, failure(attempt.number, EngineFailed(event.message)), out)
 
     # ---- routers -----------------------------------------------------------------------------------
 
@@ -297,5 +297,10 @@ class NodeCore(ABC):
                 self._end_with_error(attempt, error, out)
 
 
+def failure(attempt: AttemptId, error: KVRelayError) -> AttemptFailed:
+    """What is reported of an attempt that came to nothing."""
+    return AttemptFailed(attempt, error.code, error.message, error.field or "")
+
+
 def _refusal(attempt: AttemptId, error: KVRelayError) -> AttemptRefused:
-    return AttemptRefused(attempt, error.code, error.message)
+    return AttemptRefused(attempt, error.code, error.message, error.field or "")

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 from typing import ClassVar, Final
 
-from kvrelay.core.errors import EngineFailed
 from kvrelay.core.node_messages import (
     AttemptFinished,
     KVReleased,
@@ -85,7 +84,7 @@ class PrefillNodeCore(NodeCore):
         for failure in event.step.failures:
             attempt = self._attempts.get(failure.key)
             if attempt is not None and attempt.state not in ENDING:
-                self._end_with_error(attempt, EngineFailed(failure.message), out)
+                self._end_with_error(attempt, failure.error, out)
 
     def _on_first_token(
         self, attempt: Attempt, output: SequenceOutput, now_s: float, out: EffectBuffer

@@ -74,7 +74,7 @@ def completed_reason(
     if request.num_output_tokens == 0:
         return None
     last, sampling = request.token_ids[-1], request.sampling
-    if last in sampling.stop_token_ids or (last in eos_token_ids and not sampling.ignore_eos):
+    if last in sampling.stop_token_ids or (last in eos_token_ids and sampling.ends_at_eos):
         return FinishReason.STOP
     if request.num_remaining_tokens <= 0 or len(request.token_ids) >= max_sequence_tokens:
         return FinishReason.LENGTH

@@ -8,8 +8,8 @@ from typing import Final
 
 from kvrelay.core.node_messages import Command, ReleaseKV, RouterFrame
 
-MAX_TOKENS_PER_FRAME: Final = 2_000_000
-"""Of prompts in one frame; at most 5 bytes each, so a frame of many prompts fits gRPC's message limit."""
+MAX_BYTES_PER_FRAME: Final = 10_000_000
+"""Of requests in one frame, so that a frame of many fits gRPC's message limit."""
 
 
 class NodeOutbox:
@@ -55,11 +55,11 @@ class NodeOutbox:
 
     def _take_commands(self) -> list[Command]:
         taken: list[Command] = []
-        num_tokens = 0
+        num_bytes = 0
         while self._commands:
             command = self._commands[0]
-            num_tokens += 0 if isinstance(command, ReleaseKV) else len(command.request.token_ids)
-            if taken and num_tokens > MAX_TOKENS_PER_FRAME:
+            num_bytes += 0 if isinstance(command, ReleaseKV) else command.request.max_message_bytes
+            if taken and num_bytes > MAX_BYTES_PER_FRAME:
                 break
             taken.append(self._commands.popleft())
         return taken

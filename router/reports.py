@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from kvrelay.core.errors import (
+    CallerError,
     ContextLengthExceeded,
     EngineFailed,
     InvalidRequest,
@@ -108,7 +109,7 @@ def _apply_terminal(
 ) -> None:
     role = node.description.role
     life.settle(attempt, role)
-    if isinstance(report, AttemptRefused):
+    if isinstance(report, AttemptRefused) and not isinstance(_error_of(report), CallerError):
         node.record_refusal(now_s)
     if not attempt.is_current:
         return
@@ -145,13 +146,17 @@ def _apply_hold_ended(life: Lifecycle, node: NodeState, attempt: Attempt, now_s:
 def _apply_failed(
     life: Lifecycle, node: NodeState, attempt: Attempt, report: AttemptRefused | AttemptFailed, now_s: float
 ) -> None:
-    error = error_from_code(report.code, report.message)
+    error = _error_of(report)
     if isinstance(error, InvalidRequest | ContextLengthExceeded):
         life.fail(attempt.entry, error, now_s)
     elif isinstance(report, AttemptRefused):
         life.refuse_attempt(attempt, error, now_s)
     elif not survives_loss_of(attempt, node.description.role):
         life.fail_attempt(attempt, error, now_s, blamed=_blamed(node, attempt, error))
+
+
+def _error_of(report: AttemptRefused | AttemptFailed) -> KVRelayError:
+    return error_from_code(report.code, report.message, field=report.field or None)
 
 
 def _blamed(node: NodeState, attempt: Attempt, error: KVRelayError) -> Iterable[NodeId]:

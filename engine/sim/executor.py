@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvrelay.core.errors import InvalidRequest
 from kvrelay.core.kv import KVLayout
-from kvrelay.core.request import TokenLogprobs
+from kvrelay.core.request import TokenLogprobs, TokenRequest
 from kvrelay.engine.host_kv import HostKVStore, slot_runs
 from kvrelay.engine.paged_engine import DrawFailed, DrawnToken, LayerDone
 from kvrelay.engine.sequence import Chunk, LiveSequence
@@ -48,6 +49,14 @@ class SimExecutor:
     @property
     def kv(self) -> HostKVStore:
         return self._kv
+
+    def prepare(self, request: TokenRequest) -> object:
+        for name in ("grammar", "logit_bias"):
+            if getattr(request.sampling, name):
+                raise InvalidRequest(
+                    f"sampling.{name} needs logits, which the sim engine has not", field=f"sampling.{name}"
+                )
+        return None
 
     def execute(
         self, chunks: Sequence[Chunk], layer_done: LayerDone | None
@@ -121,11 +130,15 @@ class SimExecutor:
             self._sleep(step_s / num_layers)
             layer_done(layer)
 
-    def _draw(self, sequence: LiveSequence) -> DrawnToken:
+    def _draw(self, sequence: LiveSequence) -> DrawnToken | DrawFailed:
         progress = sequence.executor_state
         assert isinstance(progress, _Progress)
-        token_id = draw_token(progress.stream, len(sequence.token_ids), self._vocab_size)
-        num_logprobs = sequence.request.sampling.num_logprobs
+        sampling = sequence.request.sampling
+        ends = sampling.stop_token_ids if sequence.num_output_tokens < sampling.min_tokens else ()
+        token_id = draw_token(progress.stream, len(sequence.token_ids), self._vocab_size, ends)
+        if token_id is None:
+            return DrawFailed("sampling.min_tokens leaves no token to draw", "sampling.min_tokens")
+        num_logprobs = sampling.num_logprobs
         if num_logprobs is None:
             return DrawnToken(token_id)
         top = ((token_id, 0.0),) if num_logprobs else ()

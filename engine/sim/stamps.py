@@ -6,7 +6,7 @@ went to the wrong slot, arrived twice, or belongs to another prompt therefore sh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -53,9 +53,15 @@ def stream_of(prompt_hash: int, seed: int) -> int:
     return prompt_hash ^ _mix_int(seed)
 
 
-def draw_token(stream: int, position: int, vocab_size: int) -> int:
-    """The simulated model's token at `position`: never 0, which is the end of sequence."""
-    return 1 + _mix_int(stream ^ (position * _RADIX)) % (vocab_size - 1)
+def draw_token(stream: int, position: int, vocab_size: int, forbidden: Collection[int] = ()) -> int | None:
+    """The simulated model's token at `position`: never 0, which is the end of sequence, and none of the
+    `forbidden` ones, of which it takes the next instead; None if they are all that there is."""
+    drawn = _mix_int(stream ^ (position * _RADIX))
+    for offset in range(min(vocab_size - 1, len(forbidden) + 1)):
+        token_id = 1 + (drawn + offset) % (vocab_size - 1)
+        if token_id not in forbidden:
+            return token_id
+    return None
 
 
 def _mix(values: UInt64s) -> UInt64s:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from kvrelay.core.errors import (
     Overloaded,
     UnknownModel,
 )
+from kvrelay.core.sampling import Grammar, GrammarKind
 
 
 def test_the_answer_is_streamed_to_stdout(invoke: Any, fake_router: Any) -> None:
@@ -72,6 +74,19 @@ def test_every_sampling_flag_reaches_the_router(invoke: Any, fake_router: Any) -
     assert (sampling.stop_token_ids, sampling.ignore_eos, sampling.num_logprobs) == ((5, 6), True, 2)
     assert (call.model, call.request_id) == ("tiny", "mine")
     assert 0 < call.timeout_s <= 50
+
+
+def test_min_tokens_and_grammars_reach_the_router(invoke: Any, fake_router: Any, tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object"}')
+    assert invoke("generate", "-r", fake_router.address, "--json-schema", str(schema), "hi").code == 0
+    assert fake_router.calls[-1].request.sampling.grammar == Grammar(
+        GrammarKind.JSON_SCHEMA, '{"type": "object"}'
+    )
+    flags = ["--regex", "[ab]+", "--min-tokens", "3"]
+    assert invoke("generate", "-r", fake_router.address, *flags, "hi").code == 0
+    sampling = fake_router.calls[-1].request.sampling
+    assert (sampling.grammar, sampling.min_tokens) == (Grammar(GrammarKind.REGEX, "[ab]+"), 3)
 
 
 def test_json_is_one_object_with_text_tokens_report_and_timings(invoke: Any, fake_router: Any) -> None:

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from kvrelay.client import SamplingParams
+from kvrelay.client import Grammar, GrammarKind, SamplingParams
 from kvrelay.client.mailbox import Mailbox
 from kvrelay.client.session import Session
-from kvrelay.codec.client_api import decode_session_ask
+from kvrelay.codec.client_api import decode_session_ask, encode_session_ask
 from kvrelay.core.client_types import GenerateCall, SessionAsk
 from kvrelay.core.request import TokenRequest
+from kvrelay.core.sampling import MAX_GRAMMAR_BYTES
 
 
 class FakeStream:
@@ -90,6 +91,20 @@ async def test_large_prompts_do_not_share_a_message(session: Session, stream: Fa
         session.start(a_call(num_tokens), Mailbox(10))
     await settle()
     assert [len(ask.calls) for ask in stream.asks] == [1, 3, 1]
+
+
+async def test_large_grammars_and_many_biases_do_not_share_a_message(
+    session: Session, stream: FakeStream
+) -> None:
+    stream.gate.set()
+    grammar = Grammar(GrammarKind.REGEX, "a" * MAX_GRAMMAR_BYTES)
+    logit_bias = tuple((2**31 - 1 - index, 1.0) for index in range(1024))
+    sampling = SamplingParams(grammar=grammar, logit_bias=logit_bias)
+    for _ in range(100):
+        session.start(GenerateCall("r", "", TokenRequest((1,), 1, sampling)), Mailbox(10))
+    await settle()
+    assert sum(len(ask.calls) for ask in stream.asks) == 100
+    assert max(encode_session_ask(ask).ByteSize() for ask in stream.asks) < 4 << 20
 
 
 async def test_many_calls_are_spread_over_messages(session: Session, stream: FakeStream) -> None:

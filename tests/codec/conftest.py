@@ -36,7 +36,7 @@ from kvrelay.core.node_messages import (
 )
 from kvrelay.core.request import FinishReason, TokenLogprobs, TokenRequest
 from kvrelay.core.request_report import RequestReport
-from kvrelay.core.sampling import SamplingParams
+from kvrelay.core.sampling import Grammar, GrammarKind, SamplingParams
 from kvrelay.core.tokenizer_chunk import TokenizerChunk
 
 PRINTABLE = st.characters(exclude_categories=("C", "Z"))
@@ -62,6 +62,11 @@ def some(strategy, max_size=6):
 LOGPROBS = st.none() | st.builds(
     TokenLogprobs, FLOAT32, st.lists(st.tuples(TOKEN_ID, FLOAT32), max_size=20).map(tuple)
 )
+GRAMMAR = st.just(Grammar(GrammarKind.JSON_OBJECT)) | st.builds(
+    Grammar,
+    st.sampled_from([kind for kind in GrammarKind if kind is not GrammarKind.JSON_OBJECT]),
+    st.text(st.characters(codec="utf-8"), min_size=1),
+)
 SAMPLING = st.builds(
     SamplingParams,
     max_tokens=st.integers(16, 2**31 - 1),
@@ -76,6 +81,9 @@ SAMPLING = st.builds(
     stop_token_ids=st.lists(TOKEN_ID, max_size=64).map(tuple),
     ignore_eos=st.booleans(),
     num_logprobs=st.none() | st.integers(0, 20),
+    min_tokens=st.integers(0, 16),
+    logit_bias=st.lists(st.tuples(TOKEN_ID, st.floats(-100, 100)), unique_by=lambda pair: pair[0]).map(tuple),
+    grammar=st.none() | GRAMMAR,
 )
 
 
@@ -107,9 +115,9 @@ REPORT = st.one_of(
     st.builds(Reserved, ATTEMPT, COUNT),
     st.builds(PrefillFinished, ATTEMPT, COUNT, SECONDS, SECONDS),
     st.builds(HandoffVerified, ATTEMPT, UINT64, COUNT, SECONDS, words()),
-    st.builds(AttemptRefused, ATTEMPT, words(min_size=1), words()),
+    st.builds(AttemptRefused, ATTEMPT, words(min_size=1), words(), words()),
     st.builds(AttemptFinished, ATTEMPT, st.sampled_from(FinishReason)),
-    st.builds(AttemptFailed, ATTEMPT, words(min_size=1), words()),
+    st.builds(AttemptFailed, ATTEMPT, words(min_size=1), words(), words()),
     st.builds(KVReleased, ATTEMPT),
     st.builds(DrainStarted),
 )

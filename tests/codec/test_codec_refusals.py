@@ -3,9 +3,11 @@
 import pytest
 
 from kvrelay.codec import client_api, cluster
+from kvrelay.codec.sampling import decode_sampling
 from kvrelay.core.errors import InvalidRequest
 from kvrelay.core.kv import KVFingerprint
 from kvrelay.core.node_messages import NodeDescription, Role
+from kvrelay.core.sampling import Grammar, GrammarKind
 from kvrelay.v1 import cluster_pb2, common_pb2, router_pb2
 
 
@@ -34,6 +36,44 @@ GENERATE_FAULTS = {
     "sampling.stop_token_ids": {"sampling": {"stop_token_ids": range(65)}},
     "sampling.num_logprobs": {"sampling": {"num_logprobs": 21}},
 }
+
+
+SAMPLING_FAULTS = [
+    ("min_tokens", {"max_tokens": 4, "min_tokens": 5}),
+    ("logit_bias", {"logit_bias_token_ids": [1, 2], "logit_biases": [0.5]}),
+    ("logit_bias", {"logit_bias_token_ids": [1], "logit_biases": [100.5]}),
+    ("logit_bias", {"logit_bias_token_ids": [1], "logit_biases": [float("nan")]}),
+    ("logit_bias", {"logit_bias_token_ids": [2**31], "logit_biases": [1.0]}),
+    ("logit_bias", {"logit_bias_token_ids": [7, 7], "logit_biases": [1.0, 2.0]}),
+    ("logit_bias", {"logit_bias_token_ids": range(1025), "logit_biases": [1.0] * 1025}),
+    ("grammar", {"grammar": {"source": "a"}}),
+    ("grammar", {"grammar": {"kind": 77, "source": "a"}}),
+    ("grammar", {"grammar": {"kind": "GRAMMAR_KIND_REGEX"}}),
+    ("grammar", {"grammar": {"kind": "GRAMMAR_KIND_JSON_OBJECT", "source": "{}"}}),
+    ("grammar", {"grammar": {"kind": "GRAMMAR_KIND_LARK", "source": "é" * (32 << 10) + "e"}}),
+]
+
+
+@pytest.mark.parametrize(("name", "fault"), SAMPLING_FAULTS)
+def test_a_bad_sampling_field_is_named(name, fault):
+    assert refused_field(decode_sampling, common_pb2.SamplingParams(**fault)) == f"sampling.{name}"
+
+
+def test_parameters_at_their_limits_are_taken():
+    pb = common_pb2.SamplingParams(
+        max_tokens=4,
+        min_tokens=4,
+        logit_bias_token_ids=range(1024),
+        logit_biases=[-100.0, 100.0] * 512,
+        grammar={"kind": "GRAMMAR_KIND_LARK", "source": "é" * (32 << 10)},
+    )
+    assert len(decode_sampling(pb).logit_bias) == 1024
+
+
+def test_a_grammar_that_is_no_unicode_is_refused():
+    with pytest.raises(InvalidRequest) as refusal:
+        Grammar(GrammarKind.REGEX, "\ud800")
+    assert refusal.value.field == "sampling.grammar"
 
 
 @pytest.mark.parametrize("field", GENERATE_FAULTS)

@@ -6,6 +6,7 @@ import pytest
 
 from kvrelay.core.errors import ContextLengthExceeded, DuplicateRequest, InvalidRequest, Overloaded
 from kvrelay.core.request import FinishReason
+from kvrelay.core.sampling import Grammar, GrammarKind
 
 
 def assert_idle(engine):
@@ -81,6 +82,56 @@ def test_stop_token_ends_the_sequence_and_is_delivered(build_engine, drive, requ
     assert driver.outputs["a"][-1].finish_reason is FinishReason.STOP
 
 
+def test_no_stop_token_is_drawn_before_min_tokens(build_engine, drive, request_of, prompt_of):
+    sampling = {"temperature": 2.0, "seed": 3, "max_tokens": 12}
+    [free] = drive(build_engine()).generate(request_of(prompt_of(6), **sampling))
+    stops = tuple(set(free))
+    for min_tokens in (0, 1, 5, 12):
+        driver = drive(build_engine())
+        request = request_of(prompt_of(6), **sampling, stop_token_ids=stops, min_tokens=min_tokens)
+        driver.engine.submit(request, "a")
+        driver.run()
+        tokens = driver.tokens("a")
+        assert not set(tokens[:min_tokens]) & set(stops)
+        assert len(tokens) > min_tokens or min_tokens == 12
+        assert driver.outputs["a"][-1].finish_reason is not None
+
+
+def test_min_tokens_hold_across_a_continuation(build_engine, drive, request_of, prompt_of):
+    sampling = {"temperature": 1.0, "seed": 11, "max_tokens": 12}
+    [free] = drive(build_engine()).generate(request_of(prompt_of(13), **sampling))
+    sampling |= {"stop_token_ids": tuple(set(free)), "min_tokens": 9}
+    [whole] = drive(build_engine()).generate(request_of(prompt_of(13), **sampling))
+    assert len(whole) >= 9
+    for split in range(1, len(whole)):
+        rest = request_of(prompt_of(13), outputs=whole[:split], **sampling)
+        assert drive(build_engine()).generate(rest) == [whole[split:]]
+
+
+def test_min_tokens_that_nothing_can_reach_fail_that_sequence_alone(request_of, prompt_of, build_sim, drive):
+    driver = drive(build_sim(sim_vocab_size=4))
+    driver.engine.submit(request_of([1, 2], stop_token_ids=(1, 2, 3), min_tokens=2), "stuck")
+    driver.engine.submit(request_of([1, 2], stop_token_ids=(1, 2), min_tokens=2), "goes")
+    driver.run()
+    assert [(item.key, item.field) for item in driver.failures] == [("stuck", "sampling.min_tokens")]
+    assert driver.tokens("goes")[:2] == [3, 3]
+    assert_idle(driver.engine)
+
+
+def test_a_grammar_that_the_engine_can_not_follow_is_refused_by_name(build_engine, request_of, prompt_of):
+    """The simulated engine has no logits, the tiny model no tokenizer."""
+    engine = build_engine()
+    request = request_of(prompt_of(20), grammar=Grammar(GrammarKind.JSON_OBJECT))
+    for enter in (engine.submit, engine.submit_prefill, engine.reserve):
+        with pytest.raises(InvalidRequest) as refusal:
+            enter(request, "a")
+        assert refusal.value.field == "sampling.grammar"
+        assert_idle(engine)
+        assert not engine.has_work()
+    engine.submit(request_of(prompt_of(20)), "a")
+    engine.check()
+
+
 def test_full_context_ends_with_length(build_engine, drive, request_of, prompt_of):
     driver = drive(build_engine(max_model_len=20))
     driver.engine.submit(request_of(prompt_of(15), max_tokens=100), "a")
@@ -147,6 +198,8 @@ def test_refuses_what_it_can_never_serve(build_engine, request_of, prompt_of):
             enter(request_of([5, 211]), "alien")
         with pytest.raises(InvalidRequest, match="max_tokens"):
             enter(request_of([5], outputs=[6, 7], max_tokens=2), "spent")
+        with pytest.raises(InvalidRequest, match=r"sampling\.logit_bias"):
+            enter(request_of([5], logit_bias=((211, 1.0),)), "bias")
     assert_idle(engine)
 
 

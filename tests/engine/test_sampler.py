@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvrelay.core.sampling import SamplingParams
+from kvrelay.core.sampling import Grammar, GrammarKind, SamplingParams
 from kvrelay.engine.noise import gumbel_noise, stream_key
-from kvrelay.engine.paged_engine import DrawFailed
+from kvrelay.engine.paged_engine import DrawFailed, DrawnToken
 from kvrelay.engine.sampler import DrawRequest, draw
 
 MASK = (1 << 64) - 1
@@ -111,6 +112,72 @@ def test_logprobs_are_of_the_raw_logits():
     assert result.logprobs.top[0][1] == pytest.approx(float(expected[2]))
     [bare] = draw(logits.clone(), [DrawRequest(SamplingParams(num_logprobs=0), (2,), 1)])
     assert bare.logprobs.top == ()
+
+
+def test_biases_are_added_to_the_raw_logits_before_penalties():
+    logits = torch.tensor([[3.0, 1.0, 0.0]])
+    assert draw_ids(logits, SamplingParams(logit_bias=((1, 1.9),))) == [0]
+    assert draw_ids(logits, SamplingParams(logit_bias=((0, -100.0), (1, -100.0)))) == [2]
+    biased = SamplingParams(logit_bias=((1, 3.0),), repetition_penalty=2.0)
+    assert draw_ids(logits, biased, token_ids=(1,), num_prompt_tokens=1) == [0], "(1 + 3) / 2 < 3"
+    found = shares(logits[0], temperature=1.0, logit_bias=((0, -2.0),))
+    assert torch.allclose(found, torch.softmax(torch.tensor([1.0, 1.0, 0.0]), 0), atol=0.03)
+
+
+def draw_allowed(logits, allowed, **sampling):
+    return draw(logits.clone(), [DrawRequest(SamplingParams(**sampling), (1, 2), 1, allowed)])[0]
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3}, {"temperature": 9.0, "top_k": 4}])
+def test_only_allowed_tokens_are_drawn_whatever_biases_and_penalties_say(sampling):
+    logits, allowed = torch.tensor([[9.0, 0.0, 1.0, 5.0]]), torch.tensor([False, True, True, False])
+    for seed in range(50):
+        changes = {**sampling, "logit_bias": ((0, 100.0),), "presence_penalty": -2.0}
+        assert draw_allowed(logits, allowed, **{**changes, "seed": seed}).token_id in (1, 2)
+
+
+def test_top_p_and_min_p_count_among_the_allowed_tokens():
+    logits, allowed = torch.tensor([[9.0, 1.0, 0.0]]), torch.tensor([False, True, True])
+    for cut, kept in (({"top_p": 0.9}, {1, 2}), ({"top_p": 0.7}, {1}), ({"min_p": 0.2}, {1, 2})):
+        drawn = {
+            draw_allowed(logits, allowed, temperature=1.0, seed=seed, **cut).token_id for seed in range(200)
+        }
+        assert drawn == kept
+
+
+def test_a_mask_does_not_change_the_noise_of_what_it_allows():
+    logits = torch.sin(torch.arange(300.0)).view(1, 300)
+    for seed in range(30):
+        free = draw_allowed(logits, None, temperature=2.0, seed=seed).token_id
+        allowed = torch.arange(300) >= free
+        assert draw_allowed(logits, allowed, temperature=2.0, seed=seed).token_id == free
+
+
+def test_logprobs_know_nothing_of_biases_and_masks():
+    logits = torch.tensor([[3.0, 1.0, 0.0]])
+    changes = {"num_logprobs": 3, "logit_bias": ((1, 50.0),)}
+    result = draw_allowed(logits, torch.tensor([False, True, True]), **changes)
+    expected = torch.log_softmax(logits[0].double(), 0)
+    assert result.token_id == 1
+    assert result.logprobs.chosen == pytest.approx(float(expected[1]))
+    assert [token_id for token_id, _ in result.logprobs.top] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_that_may_draw_nothing_fails_alone_and_says_what_is_at_fault(temperature):
+    plain = SamplingParams(temperature=temperature, seed=1, min_tokens=2)
+    bound = replace(plain, grammar=Grammar(GrammarKind.JSON_OBJECT))
+    nothing, stuck = torch.zeros(5, dtype=torch.bool), DrawFailed("too many states", "sampling.grammar")
+    rows = [(plain, None), (plain, nothing), (bound, nothing), (bound, stuck), (plain, None)]
+    results = draw(torch.zeros(5, 5), [DrawRequest(item, (1,), 1, allowed) for item, allowed in rows])
+    assert isinstance(results[0], DrawnToken)
+    assert isinstance(results[4], DrawnToken)
+    assert [result.field for result in results[1:4]] == [
+        "sampling.min_tokens",
+        "sampling.grammar",
+        "sampling.grammar",
+    ]
+    assert results[3] is stuck
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

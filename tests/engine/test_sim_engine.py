@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from kvrelay.core.errors import ConfigError
+from kvrelay.core.errors import ConfigError, InvalidRequest
+from kvrelay.core.sampling import Grammar, GrammarKind
 from kvrelay.engine.config import EngineConfig, EngineKind
 from kvrelay.engine.factory import load_engine
 from kvrelay.engine.sim.engine import SimEngine
@@ -67,6 +68,17 @@ def test_kv_of_another_prompt_fails_the_sequence(build_sim, drive, request_of, p
     target.engine.start_decode("s", 5)
     target.step()
     assert len(target.failures) == 1
+
+
+def test_what_needs_logits_is_refused_by_name(build_sim, request_of, prompt_of):
+    engine = build_sim()
+    for enter in (engine.submit, engine.submit_prefill, engine.reserve):
+        for name, value in (("grammar", Grammar(GrammarKind.JSON_OBJECT)), ("logit_bias", ((5, 1.0),))):
+            with pytest.raises(InvalidRequest) as refusal:
+                enter(request_of(prompt_of(9), **{name: value}), "a")
+            assert refusal.value.field == f"sampling.{name}"
+    assert engine.load().num_held_blocks == 0
+    assert not engine.has_work()
 
 
 def test_steps_take_the_modelled_time(request_of, prompt_of):

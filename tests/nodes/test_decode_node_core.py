@@ -174,6 +174,13 @@ def test_a_sequence_that_the_engine_gives_up_fails_the_attempt(d: CoreUnderTest,
     assert d.core.num_attempts == 0
 
 
+def test_a_failure_that_is_the_requests_fault_names_its_field(d: CoreUnderTest, key: SequenceKey) -> None:
+    decode(d)
+    stuck = SequenceFailure(key, "too many states", "sampling.grammar")
+    d.tell(StepFinished(StepOutput(failures=(stuck,))))
+    assert d.take_reports() == [AttemptFailed(ONE, "INVALID_REQUEST", "too many states", "sampling.grammar")]
+
+
 def test_release_of_an_unknown_attempt_is_answered(d: CoreUnderTest) -> None:
     assert d.release(9) == []
     assert d.take_reports() == [KVReleased(AttemptId(9))]

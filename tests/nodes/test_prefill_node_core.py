@@ -150,7 +150,7 @@ def test_what_the_engine_refuses_is_refused_after_its_push_is_cancelled(
     assert p.tell(SequenceRefused(key, error)) == [CancelTransfer(transfer_id)]
     p.tell(TransferCancelled(transfer_id))
     p.tell(SequenceReleased(key))
-    assert p.take_reports() == [AttemptRefused(ONE, error.code, error.message)]
+    assert p.take_reports() == [AttemptRefused(ONE, error.code, error.message, error.field or "")]
 
 
 def test_a_sequence_that_the_engine_gives_up_fails_the_attempt(
@@ -163,6 +163,17 @@ def test_a_sequence_that_the_engine_gives_up_fails_the_attempt(
     p.tell(TransferCancelled(transfer_id))
     p.tell(SequenceReleased(key))
     assert p.take_reports() == [AttemptFailed(ONE, "ENGINE_FAILED", "nan")]
+
+
+def test_a_failure_that_is_the_requests_fault_names_its_field(
+    p: CoreUnderTest, key: SequenceKey, transfer_id: TransferId
+) -> None:
+    p.prefill()
+    stuck = SequenceFailure(key, "too many states", "sampling.grammar")
+    p.tell(StepFinished(StepOutput(failures=(stuck,))))
+    p.tell(TransferCancelled(transfer_id))
+    p.tell(SequenceReleased(key))
+    assert p.take_reports() == [AttemptFailed(ONE, "INVALID_REQUEST", "too many states", "sampling.grammar")]
 
 
 def test_release_of_a_failing_attempt_is_answered_once(p: CoreUnderTest, key: SequenceKey) -> None:

@@ -238,8 +238,8 @@ class Say:
         return KVReleased(AttemptId(attempt))
 
     @staticmethod
-    def refused(attempt: int, code: str = "OVERLOADED") -> AttemptRefused:
-        return AttemptRefused(AttemptId(attempt), code, "no room")
+    def refused(attempt: int, code: str = "OVERLOADED", field: str = "") -> AttemptRefused:
+        return AttemptRefused(AttemptId(attempt), code, "no room", field)
 
     @staticmethod
     def failed(attempt: int, code: str = "ENGINE_FAILED") -> AttemptFailed:

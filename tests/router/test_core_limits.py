@@ -30,6 +30,12 @@ def test_a_token_outside_the_vocabulary_is_refused(cluster: Any) -> None:
     assert cluster.submit(prompt=(1, 1000)) == ["1.1 failed: INVALID_REQUEST"]
 
 
+def test_a_bias_on_a_token_outside_the_vocabulary_is_refused(cluster: Any) -> None:
+    assert cluster.submit(logit_bias=((1000, 1.0),)) == ["1.1 failed: INVALID_REQUEST"]
+    assert cluster.error().field == "sampling.logit_bias"
+    assert len(cluster.submit(logit_bias=((999, 1.0),))) == 2
+
+
 def test_a_prompt_is_refused_if_it_fills_the_context_and_taken_if_one_token_fits(cluster: Any) -> None:
     assert cluster.submit("long", prompt=(5,) * 64) == ["1.1 failed: CONTEXT_LENGTH_EXCEEDED"]
     assert len(cluster.submit("fits", prompt=(5,) * 63)) == 2
@@ -232,6 +238,20 @@ def test_a_refusal_sends_the_request_to_another_node_at_once(cluster: Any, say: 
     cluster.submit()
     cluster.attach("d2")
     assert cluster.report("d1", say.refused(1))[1] == "d2 <- reserve 2 [5, 6, 7]"
+
+
+@pytest.mark.parametrize("node_id", ["p1", "d1"])
+def test_what_is_the_callers_fault_is_told_with_its_field_and_holds_nothing_against_the_node(
+    cluster: Any, say: Any, node_id: str
+) -> None:
+    other = "d1" if node_id == "p1" else "p1"
+    cluster.submit()
+    refused = say.refused(1, "INVALID_REQUEST", "sampling.grammar")
+    assert cluster.report(node_id, refused) == [f"{other} <- release 1", "1.1 failed: INVALID_REQUEST"]
+    assert (cluster.error().field, cluster.error().message) == ("sampling.grammar", "no room")
+    cluster.report(other, say.released(1))
+    cluster.assert_books_empty()
+    assert len(cluster.submit("next")) == 2, "the node takes other requests at once"
 
 
 # ---- cancelled, gone, drained ----------------------------------------------------------------------

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from kvrelay.core.request import FinishReason
+from kvrelay.core.sampling import Grammar, GrammarKind
 
 DISPATCH = ["d1 <- reserve 1 [5, 6, 7]", "p1 <- prefill 1 [5, 6, 7] to d1:1"]
 SECOND = ["d1 <- reserve 2 [5, 6, 7, 10]", "p1 <- prefill 2 [5, 6, 7, 10] to d1:1"]
@@ -215,6 +216,7 @@ def test_a_request_that_pauses_lets_others_pass(cluster: Any, say: Any) -> None:
         (2, {}, "stop"),
         (9, {"stop_token_ids": (9,)}, "stop"),
         (2, {"ignore_eos": True, "max_tokens": 2}, "length"),
+        (2, {"ignore_eos": True, "grammar": Grammar(GrammarKind.JSON_OBJECT)}, "stop"),
         (11, {"max_tokens": 2}, "length"),
     ],
 )
