@@ -14,7 +14,13 @@ from typing import Any
 import grpc
 import uvloop
 
-from kvrelay.codec.cluster import decode_router_frame, encode_hello, encode_node_frame
+from kvrelay.codec.cluster import (
+    TokenBatchEncoder,
+    decode_router_frame,
+    encode_hello,
+    encode_node_frame,
+    encode_token_batch,
+)
 from kvrelay.core.ids import AttemptId, NodeId
 from kvrelay.core.kv import KVFingerprint
 from kvrelay.core.node_messages import (
@@ -40,10 +46,12 @@ CHANNEL_OPTIONS = (("grpc.max_receive_message_length", 64 << 20),)
 
 
 class FakeNodes:
-    """One prefill and some decode nodes whose engines take no time but the paced step's."""
+    """One prefill and some decode nodes whose engines take no time but the paced step's. With `full_rows`
+    every frame has all its columns, as the bare relay needs them."""
 
-    def __init__(self, address: str, num_decode: int, step_s: float) -> None:
+    def __init__(self, address: str, num_decode: int, step_s: float, *, full_rows: bool) -> None:
         self._address = address
+        self._full_rows = full_rows
         self._num_decode = num_decode
         self._step_s = step_s
         self._prefilled: set[int] = set()
@@ -70,8 +78,9 @@ class FakeNodes:
                     group.create_task(self._decode(call))
 
     async def _write(self, call: Any) -> None:
+        encode_tokens = encode_token_batch if self._full_rows else TokenBatchEncoder().encode
         while True:
-            await call.write(encode_node_frame(await self._frames[call].get()))
+            await call.write(encode_node_frame(await self._frames[call].get(), encode_tokens))
 
     async def _send(self, call: Any, frame: NodeFrame) -> None:
         await self._frames[call].put(frame)
@@ -155,8 +164,10 @@ def main() -> None:
     parser.add_argument("address")
     parser.add_argument("--decode-nodes", type=int, default=1)
     parser.add_argument("--step-ms", type=float, default=20.0, help="a decode step; 0 is unpaced")
+    parser.add_argument("--full-rows", action="store_true", help="for the bare relay")
     args = parser.parse_args()
-    uvloop.run(FakeNodes(args.address, args.decode_nodes, args.step_ms / 1e3).run())
+    nodes = FakeNodes(args.address, args.decode_nodes, args.step_ms / 1e3, full_rows=args.full_rows)
+    uvloop.run(nodes.run())
 
 
 if __name__ == "__main__":

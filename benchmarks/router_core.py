@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 import tracemalloc
 from collections.abc import Sequence
@@ -37,13 +38,15 @@ PREFILL, DECODE = NodeId("p0"), NodeId("d0")
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Times are of the core alone; `bytes_per_token` is what one delivered token leaves in memory."""
+    """Times are of the core alone; `bytes_per_token` is what one delivered token leaves in memory. Steady:
+    while a decode node's rows stay the same from step to step."""
 
     num_streams: int
     num_sessions: int
     num_steps: int
     token_us_p50: float
     token_us_best: float
+    steady_token_us_p50: float
     request_us: float
     placement_us_at_200_nodes: float
     bytes_per_token: float
@@ -79,18 +82,24 @@ def start_decoding(core: RouterCore, attempt: AttemptId) -> None:
     core.handle(NodeReported(PREFILL, None, (KVReleased(attempt),)), 0.0)
 
 
-def measure_tokens(num_streams: int, num_sessions: int, num_steps: int) -> tuple[list[float], float]:
-    """Microseconds per token of each step, and bytes kept per token."""
+def measure_tokens(
+    num_streams: int, num_sessions: int, num_steps: int, *, steady: bool
+) -> tuple[list[float], float]:
+    """Microseconds per token of each step, and bytes kept per token. With `steady` each frame is told to be
+    the next step of the one before, as a decode node does while its rows stay the same."""
     core = new_core()
     for number in range(1, num_streams + 1):
         submit(core, number, number % num_sessions, (1, 2, 3))
         start_decoding(core, AttemptId(number))
     attempts = sorted(range(1, num_streams + 1), key=lambda number: number % num_sessions)
     counts = [1] * num_streams
-    frames = [
-        TokenBatch(attempts, [step] * num_streams, counts, [100_000 + step] * num_streams)
-        for step in range(1, 2 * num_steps + 1)
-    ]
+    frames: list[TokenBatch] = []
+    for step in range(1, 2 * num_steps + 1):
+        token_ids = [100_000 + step] * num_streams
+        if steady and frames:
+            frames.append(frames[-1].next_step(token_ids))
+        else:
+            frames.append(TokenBatch(attempts, [step] * num_streams, counts, token_ids))
     token_us = []
     for frame in frames[:num_steps]:
         start_ns = time.perf_counter_ns()
@@ -131,7 +140,8 @@ def measure_placement(num_requests: int) -> float:
 
 
 def measure(num_streams: int, num_sessions: int, num_steps: int) -> Measured:
-    token_us, bytes_per_token = measure_tokens(num_streams, num_sessions, num_steps)
+    token_us, bytes_per_token = measure_tokens(num_streams, num_sessions, num_steps, steady=False)
+    steady_token_us, _ = measure_tokens(num_streams, num_sessions, num_steps, steady=True)
     token_us.sort()
     return Measured(
         num_streams=num_streams,
@@ -139,6 +149,7 @@ def measure(num_streams: int, num_sessions: int, num_steps: int) -> Measured:
         num_steps=num_steps,
         token_us_p50=round(token_us[len(token_us) // 2], 3),
         token_us_best=round(token_us[0], 3),
+        steady_token_us_p50=round(statistics.median(steady_token_us), 3),
         request_us=round(measure_requests(500), 1),
         placement_us_at_200_nodes=round(measure_placement(200), 1),
         bytes_per_token=round(bytes_per_token, 1),

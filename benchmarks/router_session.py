@@ -28,6 +28,7 @@ import uvloop
 from benchmarks.fake_nodes import CHANNEL_OPTIONS, END
 from benchmarks.local_cluster import LocalService, running_service, wait_for_file
 from kvrelay.codec.client_api import (
+    SessionUpdateDecoder,
     decode_cluster_state,
     encode_generate,
     encode_session_ask,
@@ -79,10 +80,11 @@ async def _stream(stub: Any, args: argparse.Namespace, router: psutil.Process) -
     calls = tuple((number, _call(args.prompt_tokens, MAX_TOKENS)) for number in range(args.streams))
     await session.write(encode_session_ask(SessionAsk(calls)))
     tokens_seen: dict[int, int] = {}
+    decode = SessionUpdateDecoder().decode
     while len(tokens_seen) < args.streams or min(tokens_seen.values()) < 3:  # until all decode
-        response = await session.read()
-        assert not response.failed, response.failed
-        for stream_id in response.stream_ids:
+        update = decode(await session.read())
+        assert not update.failed, update.failed
+        for stream_id in update.stream_ids:
             tokens_seen[stream_id] = tokens_seen.get(stream_id, 0) + 1
     num_tokens = num_messages = 0
     before_s, began_s = _cpu_s(router), time.perf_counter()
@@ -121,9 +123,10 @@ async def _wait_for_nodes(stub: Any, number: int) -> None:
 
 
 @contextmanager
-def _fake_nodes(address: str, args: argparse.Namespace) -> Iterator[None]:
+def _fake_nodes(address: str, args: argparse.Namespace, *, full_rows: bool) -> Iterator[None]:
     command = [sys.executable, "-m", "benchmarks.fake_nodes", address, "--step-ms", str(args.step_ms)]
-    process = subprocess.Popen([*command, "--decode-nodes", str(args.decode_nodes)])
+    command += ["--decode-nodes", str(args.decode_nodes), *(["--full-rows"] if full_rows else [])]
+    process = subprocess.Popen(command)
     try:
         yield
     finally:
@@ -156,7 +159,7 @@ def _run(args: argparse.Namespace, which: str) -> dict[str, float]:
                 for _ in range(count):
                     stack.enter_context(running_service(role, _sim_flags(address, args)))
         else:
-            stack.enter_context(_fake_nodes(address, args))
+            stack.enter_context(_fake_nodes(address, args, full_rows=which == "bare relay"))
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_measure(address, args, router))
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import grpc
 
 from kvrelay.client.mailbox import AttemptFailed, Mailbox
-from kvrelay.codec.client_api import decode_session_update, encode_session_ask
+from kvrelay.codec.client_api import SessionUpdateDecoder, encode_session_ask
 from kvrelay.codec.errors import from_rpc_error
 from kvrelay.core.client_types import MAX_STREAM_ID, GenerateCall, SessionAsk, SessionUpdate
 from kvrelay.core.errors import InvalidRequest, Overloaded, RequestCancelled, RouterUnavailable
@@ -110,9 +110,10 @@ class Session:
 
     async def _read(self) -> None:
         reason, retry_after_s = "the session's reader failed", None
+        decode = SessionUpdateDecoder().decode
         try:
             async for pb in self._call:
-                self._deliver(decode_session_update(pb))
+                self._deliver(decode(pb))
             reason = "it ended the session"
         except grpc.aio.AioRpcError as error:
             cause = from_rpc_error(error)

@@ -15,6 +15,8 @@ from kvrelay.codec.generate import (
     encode_generate,
 )
 from kvrelay.codec.session import (
+    SessionUpdateDecoder,
+    SessionUpdateEncoder,
     decode_session_ask,
     decode_session_update,
     encode_session_ask,
@@ -30,6 +32,8 @@ from kvrelay.codec.small_requests import (
 )
 
 __all__ = [
+    "SessionUpdateDecoder",
+    "SessionUpdateEncoder",
     "decode_call_event",
     "decode_cancel",
     "decode_cluster_state",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Final
 
@@ -16,7 +17,12 @@ from kvrelay.codec.node_hello import (
 )
 from kvrelay.codec.reports import decode_report, encode_report
 from kvrelay.codec.sampling import decode_sampling, encode_sampling
-from kvrelay.codec.token_batch import decode_token_batch, encode_token_batch
+from kvrelay.codec.token_batch import (
+    TokenBatchDecoder,
+    TokenBatchEncoder,
+    decode_token_batch,
+    encode_token_batch,
+)
 from kvrelay.core.errors import InvalidRequest
 from kvrelay.core.ids import AttemptId
 from kvrelay.core.node_messages import (
@@ -27,12 +33,15 @@ from kvrelay.core.node_messages import (
     ReserveDecode,
     RouterFrame,
     StartPrefill,
+    TokenBatch,
 )
 from kvrelay.core.request import TokenRequest
 from kvrelay.core.tokenizer_chunk import MAX_TOKENIZER_BYTES, TokenizerChunk
 from kvrelay.v1 import cluster_pb2, common_pb2
 
 __all__ = [
+    "TokenBatchDecoder",
+    "TokenBatchEncoder",
     "decode_hello",
     "decode_node_frame",
     "decode_node_load",
@@ -57,18 +66,23 @@ _LOAD_FIELDS: Final = tuple(spec.name for spec in fields(NodeLoad))
 # ---- node -> router --------------------------------------------------------------------------------
 
 
-def encode_node_frame(frame: NodeFrame) -> cluster_pb2.NodeFrame:
-    """Any frame but the first."""
+def encode_node_frame(
+    frame: NodeFrame, encode_tokens: Callable[[TokenBatch], cluster_pb2.TokenBatch] = encode_token_batch
+) -> cluster_pb2.NodeFrame:
+    """Any frame but the first. `encode_tokens` may be that of the stream's `TokenBatchEncoder`."""
     return cluster_pb2.NodeFrame(
-        tokens=encode_token_batch(frame.tokens) if frame.tokens is not None else None,
+        tokens=encode_tokens(frame.tokens) if frame.tokens is not None else None,
         reports=[encode_report(report) for report in frame.reports],
         load=encode_node_load(frame.load) if frame.load is not None else None,
         tokenizer=encode_tokenizer_chunk(frame.tokenizer) if frame.tokenizer is not None else None,
     )
 
 
-def decode_node_frame(pb: cluster_pb2.NodeFrame) -> NodeFrame:
-    """Any frame but the first.
+def decode_node_frame(
+    pb: cluster_pb2.NodeFrame,
+    decode_tokens: Callable[[cluster_pb2.TokenBatch], TokenBatch] = decode_token_batch,
+) -> NodeFrame:
+    """Any frame but the first. `decode_tokens` may be that of the stream's `TokenBatchDecoder`.
 
     Raises:
         InvalidRequest: a second hello, or a field is out of range.
@@ -76,7 +90,7 @@ def decode_node_frame(pb: cluster_pb2.NodeFrame) -> NodeFrame:
     if pb.HasField("hello"):
         raise InvalidRequest("hello came again", field="hello")
     return NodeFrame(
-        tokens=decode_token_batch(pb.tokens) if pb.HasField("tokens") else None,
+        tokens=decode_tokens(pb.tokens) if pb.HasField("tokens") else None,
         reports=tuple(decode_report(report) for report in pb.reports) if pb.reports else (),
         load=decode_node_load(pb.load) if pb.HasField("load") else None,
         tokenizer=decode_tokenizer_chunk(pb.tokenizer) if pb.HasField("tokenizer") else None,

@@ -14,6 +14,7 @@ from kvrelay.codec.generate import (
     encode_finished,
     encode_generate,
 )
+from kvrelay.codec.row_sets import ReceivedRows, Rows, SentRows
 from kvrelay.codec.sampling import decode_logprobs, encode_logprobs
 from kvrelay.core.client_types import GenerateCall, SessionAsk, SessionUpdate
 from kvrelay.core.errors import InvalidRequest, KVRelayError
@@ -53,35 +54,80 @@ def _call_or_error(entry: router_pb2.SessionGenerate) -> GenerateCall | KVRelayE
         return error
 
 
+class SessionUpdateEncoder:
+    """Encodes the messages of one session, each of which must be sent, in order."""
+
+    def __init__(self) -> None:
+        self._sent_rows = SentRows()
+
+    def encode(self, update: SessionUpdate) -> router_pb2.SessionResponse:
+        """A router's message; the columns of `update` must not change afterwards."""
+        if not update.token_ids:
+            return encode_session_update(update)
+        number = self._sent_rows.find(update.stream_ids, update.counts)
+        if number == 0:
+            number = self._sent_rows.add(update.stream_ids, update.counts)
+            pb = encode_session_update(update)
+            pb.row_set = number
+            return pb
+        pb = router_pb2.SessionResponse(row_set=number, token_ids=update.token_ids)
+        _add_answers(pb, update)
+        return pb
+
+
+class SessionUpdateDecoder:
+    """Decodes the messages of one session, in order."""
+
+    def __init__(self) -> None:
+        self._received_rows = ReceivedRows()
+
+    def decode(self, pb: router_pb2.SessionResponse) -> SessionUpdate:
+        """A router's message.
+
+        Raises:
+            InvalidRequest: columns do not fit together or are missing, or a field is out of range.
+        """
+        if not pb.row_set:
+            return decode_session_update(pb)
+        if not pb.stream_ids and not pb.counts:
+            return _decode_update(pb, self._received_rows.get(pb.row_set))
+        update = decode_session_update(pb)
+        self._received_rows.put(pb.row_set, update.stream_ids, update.counts)
+        return update
+
+
 def encode_session_update(update: SessionUpdate) -> router_pb2.SessionResponse:
-    """A router's message. The hot path: whole columns, no object per token."""
-    return router_pb2.SessionResponse(
-        stream_ids=update.stream_ids,
-        counts=update.counts,
-        token_ids=update.token_ids,
-        logprobs=encode_logprobs(update.logprobs) if update.logprobs else None,
-        accepted=[
-            router_pb2.SessionAccepted(stream_id=stream_id, accepted=encode_accepted(accepted))
-            for stream_id, accepted in update.accepted
-        ],
-        finished=[
-            router_pb2.SessionFinished(stream_id=stream_id, finished=encode_finished(finished))
-            for stream_id, finished in update.finished
-        ],
-        failed=[
-            router_pb2.SessionFailed(stream_id=stream_id, failed=encode_failed(error))
-            for stream_id, error in update.failed
-        ],
+    """A router's message with all columns. The hot path: no object per token."""
+    pb = router_pb2.SessionResponse(
+        stream_ids=update.stream_ids, counts=update.counts, token_ids=update.token_ids
     )
+    _add_answers(pb, update)
+    return pb
+
+
+def _add_answers(pb: router_pb2.SessionResponse, update: SessionUpdate) -> None:
+    """All that most messages have none of."""
+    if update.logprobs:
+        pb.logprobs.extend(encode_logprobs(update.logprobs))
+    for stream_id, accepted in update.accepted:
+        pb.accepted.add(stream_id=stream_id, accepted=encode_accepted(accepted))
+    for stream_id, finished in update.finished:
+        pb.finished.add(stream_id=stream_id, finished=encode_finished(finished))
+    for stream_id, error in update.failed:
+        pb.failed.add(stream_id=stream_id, failed=encode_failed(error))
 
 
 def decode_session_update(pb: router_pb2.SessionResponse) -> SessionUpdate:
-    """A router's message.
+    """A router's message with all columns.
 
     Raises:
         InvalidRequest: columns do not fit together, or a field is out of range.
     """
-    stream_ids, counts, ids = pb.stream_ids[:], pb.counts[:], pb.token_ids[:]
+    return _decode_update(pb, (pb.stream_ids[:], pb.counts[:]))
+
+
+def _decode_update(pb: router_pb2.SessionResponse, rows: Rows) -> SessionUpdate:
+    (stream_ids, counts), ids = rows, pb.token_ids[:]
     if len(stream_ids) != len(counts) or 0 in counts or sum(counts) != len(ids):
         raise InvalidRequest(
             "counts must be at least 1 each, one per entry of stream_ids, and add up to the token_ids",
@@ -93,7 +139,7 @@ def decode_session_update(pb: router_pb2.SessionResponse) -> SessionUpdate:
         stream_ids,
         counts,
         ids,
-        list(decode_logprobs(pb.logprobs, len(ids))) if pb.logprobs else [],
+        decode_logprobs(pb.logprobs, len(ids)) if pb.logprobs else (),
         [(entry.stream_id, decode_accepted(entry.accepted)) for entry in pb.accepted],
         [(entry.stream_id, decode_finished(entry.finished)) for entry in pb.finished],
         [(entry.stream_id, decode_failed(entry.failed)) for entry in pb.failed],

@@ -74,10 +74,10 @@ class SessionUpdate:
     Order within one update: accepted, tokens, finished, failed.
     """
 
-    stream_ids: list[int] = field(default_factory=list)
-    counts: list[int] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    stream_ids: Sequence[int] = ()
+    counts: Sequence[int] = ()
+    token_ids: Sequence[int] = ()
+    logprobs: Sequence[TokenLogprobs | None] = ()
     accepted: list[tuple[int, CallAccepted]] = field(default_factory=list)
     finished: list[tuple[int, CallFinished]] = field(default_factory=list)
     failed: list[tuple[int, KVRelayError]] = field(default_factory=list)

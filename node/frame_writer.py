@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from kvrelay.codec.cluster import encode_node_frame
+from kvrelay.codec.cluster import TokenBatchEncoder, encode_node_frame
 from kvrelay.core.clock import Clock
 from kvrelay.core.node_messages import NodeFrame, NodeLoad, Report, Welcome
 from kvrelay.core.tokenizer_chunk import split_tokenizer
@@ -39,6 +39,7 @@ class FrameWriter:
         self._tokenizer = tokenizer
         self._outbox = Outbox(max_pending_tokens)
         self._pacer = LoadPacer(load_interval_s)
+        self._load_ride_s = load_interval_s / 2
         self._wake = asyncio.Event()
         self._load_timer: asyncio.TimerHandle | None = None
         self._is_load_due = True
@@ -54,7 +55,8 @@ class FrameWriter:
         self._wake.set()
 
     def load_changed(self) -> None:
-        """Tell the load as soon as it may be told again."""
+        """Tell the load as soon as it may be told again: with the next frame, or by itself if none comes
+        within half a load interval."""
         if self._load_timer is None and not self._is_load_due:
             delay_s = self._pacer.due_in_s(self._clock.now_s())
             self._load_timer = asyncio.get_running_loop().call_later(delay_s, self._on_load_due)
@@ -65,13 +67,20 @@ class FrameWriter:
         self._wake.set()
 
     def stop(self) -> None:
-        """Forget the timer; nothing more is written."""
+        """Nothing more is written."""
+        self._forget_load_timer()
+
+    def _forget_load_timer(self) -> None:
         if self._load_timer is not None:
             self._load_timer.cancel()
+            self._load_timer = None
 
     def _on_load_due(self) -> None:
-        self._load_timer = None
         self._is_load_due = True
+        self._load_timer = asyncio.get_running_loop().call_later(self._load_ride_s, self._on_no_ride)
+
+    def _on_no_ride(self) -> None:
+        self._load_timer = None
         self._wake.set()
 
     async def run(self) -> None:
@@ -80,6 +89,7 @@ class FrameWriter:
         Raises:
             grpc.aio.AioRpcError: the stream is broken.
         """
+        encode_tokens = TokenBatchEncoder().encode
         if self._tokenizer is not None:
             for chunk in split_tokenizer(self._tokenizer):
                 await self._stream.write(encode_node_frame(NodeFrame(tokenizer=chunk)))
@@ -87,7 +97,7 @@ class FrameWriter:
             is_heartbeat = not await self._woken()
             frame = self._next_frame(is_heartbeat)
             if frame is not None:
-                await self._stream.write(encode_node_frame(frame))
+                await self._stream.write(encode_node_frame(frame, encode_tokens))
             if self._is_finishing and self._outbox.is_empty:
                 await self._stream.done_writing()
                 return
@@ -107,6 +117,7 @@ class FrameWriter:
         if is_heartbeat or self._is_load_due:
             load = self._pacer.take(self._read_load(), self._clock.now_s(), is_heartbeat=is_heartbeat)
             self._is_load_due = False
+            self._forget_load_timer()
         if self._outbox.is_empty and load is None and not is_heartbeat:
             return None
         return self._outbox.take(load)

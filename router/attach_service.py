@@ -8,7 +8,13 @@ from typing import Final
 
 import grpc
 
-from kvrelay.codec.cluster import decode_hello, decode_node_frame, encode_router_frame, encode_welcome
+from kvrelay.codec.cluster import (
+    TokenBatchDecoder,
+    decode_hello,
+    decode_node_frame,
+    encode_router_frame,
+    encode_welcome,
+)
 from kvrelay.core.errors import InvalidRequest, KVRelayError, NodeUnavailable
 from kvrelay.core.node_messages import NodeDescription, Welcome
 from kvrelay.router.attachments import Attachment
@@ -75,9 +81,9 @@ class AttachService:
             await asyncio.gather(reading, writing, return_exceptions=True)
 
     async def _read(self, attachment: Attachment, context: Context) -> KVRelayError:
-        hear = self._shell.hear
+        hear, decode_tokens = self._shell.hear, TokenBatchDecoder().decode
         while (received := await read_message(context)) is not None:
-            hear(attachment, decode_node_frame(received))
+            hear(attachment, decode_node_frame(received, decode_tokens))
         return _StreamEnded("it ended its stream")
 
     async def _write(self, attachment: Attachment, context: Context) -> KVRelayError:

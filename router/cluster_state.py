@@ -15,6 +15,7 @@ from kvrelay.core.node_messages import NodeDescription, NodeLoad, Role
 from kvrelay.router.config import RouterCoreConfig
 from kvrelay.router.ledger import Attempt, Side
 from kvrelay.router.placement import NodeView, PlacementRequest
+from kvrelay.router.steady_run import SteadyRun
 
 MAX_MISMATCHES = 16
 """Differences between fingerprints remembered per model; more of them tell an operator nothing new."""
@@ -49,6 +50,8 @@ class NodeState:
     reserved_blocks: int = 0
     full_since_s: float | None = None
     num_overdue: int = 0
+    steady_run: SteadyRun | None = None
+    """Takes the node's next batch without a look at its rows, while it lasts."""
 
     def __post_init__(self) -> None:
         description = self.description
@@ -102,6 +105,12 @@ class NodeState:
     def record_refusal(self, now_s: float) -> None:
         self.full_since_s = now_s
 
+    def end_steady_run(self) -> None:
+        """Have the node's next batch looked at row by row."""
+        if self.steady_run is not None:
+            self.steady_run.end()
+            self.steady_run = None
+
     def record_load(self, load: NodeLoad, now_s: float) -> bool:
         """Take a load report; returns whether it lifted a refusal."""
         self.load = load
@@ -124,6 +133,7 @@ class NodeState:
 
     def give_back(self, attempt: Attempt, side: Side) -> None:
         """Strike an attempt's settled side from the books."""
+        attempt.merge.end_steady_run()
         del self.in_flight[attempt.attempt_id]
         self.outstanding_prefill_tokens -= side.num_tokens
         self.reserved_blocks -= side.num_blocks

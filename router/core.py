@@ -34,7 +34,8 @@ from kvrelay.router.events import (
 from kvrelay.router.invariants import check_books
 from kvrelay.router.ledger import Ledger, RequestEntry
 from kvrelay.router.lifecycle import Lifecycle
-from kvrelay.router.merge import OutputMerge, batch_fault, merge_batch
+from kvrelay.router.merge import batch_fault, merge_batch
+from kvrelay.router.output_merge import OutputMerge
 from kvrelay.router.placement import Decision, PlacementPolicy, PlacementRequest
 from kvrelay.router.reports import apply_faults, apply_loss, apply_report
 from kvrelay.router.views import ClusterStatus, Counters, cluster_status
@@ -88,6 +89,11 @@ class RouterCore:
         return cluster_status(
             self.router_epoch, self._ledger, self._cluster, self._queue, self._counters, now_s
         )
+
+    def next_tick_s(self, now_s: float) -> float:
+        """When a `Ticked` may next do something for a request: at once if any is queued, else when the first
+        deadline passes (infinity: there is none). What happens to nodes has seconds."""
+        return now_s if self._queue.num_queued else self._ledger.earliest_deadline_s
 
     def explain(self, request_id: RequestId) -> Decision | None:
         """The latest placement of a request, if it is among the `num_remembered_decisions` latest."""
@@ -200,6 +206,12 @@ class RouterCore:
             apply_report(self._life, node, report, now_s)
 
     def _merge_tokens(self, node: NodeState, batch: TokenBatch, now_s: float) -> None:
+        run = node.steady_run
+        if run is not None and run.goes_on_with(batch):
+            self._life.effects.extend(run.deliver(batch))
+            self._counters.num_tokens_delivered += len(batch.token_ids)
+            return
+        node.end_steady_run()
         fault = batch_fault(batch)
         if fault:
             self._counters.num_faulty_frames += 1
@@ -209,6 +221,7 @@ class RouterCore:
             apply_faults(self._life, node, faults, now_s)
             return
         merged = merge_batch(batch, node.in_flight, node.description.role, now_s)
+        node.steady_run = merged.steady_run
         self._counters.num_tokens_delivered += merged.num_delivered_tokens
         self._counters.num_tokens_dropped += merged.num_dropped_tokens
         self._life.effects.extend(out for out in merged.deliveries.values() if out.token_ids)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 
 from kvrelay.codec.client_api import (
+    SessionUpdateEncoder,
     decode_cancel,
     decode_generate,
     decode_session_ask,
     encode_call_event,
-    encode_session_update,
 )
 from kvrelay.core.client_types import CallTokens, SessionUpdate
 from kvrelay.router.grpc_handlers import Context, read_message
@@ -73,10 +73,10 @@ class GenerateService:
             session.outbox.close()
 
     async def _write_session(self, session: ClientSession, context: Context) -> None:
-        outbox, metrics = session.outbox, self._shell.metrics
+        outbox, metrics, encode = session.outbox, self._shell.metrics, SessionUpdateEncoder().encode
         while (update := await outbox.take()) is not None:
             metrics.num_session_messages += 1
-            await context.write(encode_session_update(update))
+            await context.write(encode(update))
 
     async def cancel(self, request: router_pb2.CancelRequest, context: Context) -> router_pb2.CancelResponse:
         """Cancel by request id.

@@ -6,9 +6,9 @@ from collections import Counter
 
 from kvrelay.core.node_messages import Role
 from kvrelay.router.admission import AdmissionQueue
-from kvrelay.router.cluster_state import ClusterState
+from kvrelay.router.cluster_state import ClusterState, NodeState
 from kvrelay.router.ledger import ENDED, Ledger, RequestEntry, RequestState, SideState
-from kvrelay.router.merge import NO_ATTEMPT
+from kvrelay.router.output_merge import NO_ATTEMPT
 
 
 def check_books(ledger: Ledger, cluster: ClusterState, queue: AdmissionQueue) -> None:
@@ -29,6 +29,7 @@ def _check_requests(ledger: Ledger, queue: AdmissionQueue) -> None:
             f"{request_id}: {entry.state} and queue differ"
         )
         assert (entry.attempt is None) == is_queued, f"{request_id}: an orphan without attempt, or two homes"
+        assert entry.deadline_s >= ledger.earliest_deadline_s, f"{request_id}: its deadline is not watched"
         _check_merge(entry)
     for serial, entry in ledger.closing.items():
         assert entry.serial == serial
@@ -40,7 +41,6 @@ def _check_requests(ledger: Ledger, queue: AdmissionQueue) -> None:
 def _check_merge(entry: RequestEntry) -> None:
     merge = entry.merge
     assert merge.first_index == entry.request.num_output_tokens
-    assert merge.next_index == merge.first_index + len(merge.tokens)
     assert merge.next_index <= max(merge.max_tokens, merge.first_index)
     assert len(merge.early_tokens) == len(merge.early_logprobs) <= merge.max_early_tokens
     if entry.attempt is None:
@@ -115,5 +115,18 @@ def _check_nodes(ledger: Ledger, cluster: ClusterState) -> None:
         assert all(side.node_id == node_id for side in sides)
         assert node.outstanding_prefill_tokens == sum(side.num_tokens for side in sides)
         assert node.reserved_blocks == sum(side.num_blocks for side in sides) <= description.num_blocks
+        _check_steady_run(node)
     listed = sum(len(of_role) for model in cluster.models.values() for of_role in model.nodes.values())
     assert listed == len(cluster.nodes)
+
+
+def _check_steady_run(node: NodeState) -> None:
+    run = node.steady_run
+    if run is None or not run.is_live:
+        return
+    assert node.description.role is Role.DECODE
+    for merge in run.merges:
+        assert merge.steady_run is run, "a run delivers for an output that has left it"
+        assert merge.flowing != NO_ATTEMPT
+        assert merge.flowing in node.in_flight, "a run delivers what the node has given back"
+        assert merge.flowing == merge.attempt

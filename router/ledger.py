@@ -14,6 +14,7 @@ An attempt stays on the books until both sides are settled; nothing else drops i
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from kvrelay.core.ids import AttemptId, NodeId, RequestId
 from kvrelay.core.node_messages import HandoffVerified, Role
 from kvrelay.core.request import FinishReason, TokenRequest
 from kvrelay.router.events import SessionId
-from kvrelay.router.merge import NO_ATTEMPT, OutputMerge
+from kvrelay.router.output_merge import NO_ATTEMPT, OutputMerge
 
 
 class RequestState(StrEnum):
@@ -164,12 +165,24 @@ class Ledger:
     closing: dict[int, RequestEntry] = field(default_factory=dict)
     releasing: OrderedDict[tuple[AttemptId, Role], float] = field(default_factory=OrderedDict)
     """When each unanswered `ReleaseKV` was sent, oldest first."""
+    earliest_deadline_s: float = math.inf
+    """No live request's deadline is before this; so that a tick need not look at them all."""
     num_requests_ever: int = 0
     num_attempts_ever: int = 0
 
     def add_request(self, entry: RequestEntry) -> None:
         self.requests[entry.request_id] = entry
         self.streams.setdefault(entry.session, {})[entry.stream_id] = entry
+        self.earliest_deadline_s = min(self.earliest_deadline_s, entry.deadline_s)
+
+    def take_overdue(self, now_s: float) -> list[RequestEntry]:
+        """The live requests whose deadline has passed; each is to be ended."""
+        if now_s < self.earliest_deadline_s:
+            return []
+        overdue = [entry for entry in self.requests.values() if entry.deadline_s <= now_s]
+        later = (entry.deadline_s for entry in self.requests.values() if entry.deadline_s > now_s)
+        self.earliest_deadline_s = min(later, default=math.inf)
+        return overdue
 
     def next_serial(self) -> int:
         self.num_requests_ever += 1

@@ -202,7 +202,7 @@ class Lifecycle:
 
     def expire_requests(self, now_s: float) -> None:
         """End what ran out of time: its own deadline, the queue's, or the wait for nodes."""
-        for entry in [entry for entry in self.ledger.requests.values() if entry.deadline_s <= now_s]:
+        for entry in self.ledger.take_overdue(now_s):
             self.fail(entry, DeadlineExceeded(f"the deadline passed while {entry.state}"), now_s)
         for entry in list(self.queue.entries()):
             error = self._queue_error(entry, now_s)

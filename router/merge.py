@@ -7,106 +7,15 @@ an index that was delivered already is dropped, and so is everything from an att
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Protocol, cast
+from typing import Protocol, cast
 
 from kvrelay.core.ids import AttemptId
 from kvrelay.core.node_messages import Role, TokenBatch
-from kvrelay.core.request import TokenLogprobs
 from kvrelay.router.events import DeliverTokens, SessionId
-
-NO_ATTEMPT: Final = AttemptId(0)
-_MAX_TOKEN_ID: Final = 2**31 - 1
-
-_Logprobs = Sequence[TokenLogprobs | None]
-
-
-@dataclass(slots=True, eq=False)
-class OutputMerge:
-    """One request's output so far, and what it waits for.
-
-    `tokens` are those delivered by this router; `next_index` is the output index that comes next.
-    `attempt` is the one whose tokens count; `flowing` equals it as soon as its first token is in, which is
-    when its decode node's tokens go straight through.
-    """
-
-    session: SessionId
-    stream_id: int
-    first_index: int
-    max_tokens: int
-    max_early_tokens: int
-    next_index: int = field(init=False)
-    tokens: array[int] = field(default_factory=lambda: array("i"))
-    attempt: AttemptId = NO_ATTEMPT
-    flowing: AttemptId = NO_ATTEMPT
-    first_token_s: float | None = None
-    early_tokens: list[int] = field(default_factory=list)
-    early_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.next_index = self.first_index
-
-    def start_attempt(self, attempt: AttemptId) -> None:
-        """From now on only this attempt's tokens count (`NO_ATTEMPT`: nobody's)."""
-        self.attempt = attempt
-        self.flowing = NO_ATTEMPT
-        self.early_tokens.clear()
-        self.early_logprobs.clear()
-
-    def offer(
-        self,
-        first_index: int,
-        token_ids: Sequence[int],
-        logprobs: _Logprobs,
-        out: DeliverTokens,
-        now_s: float,
-    ) -> str:
-        """Take tokens of the current attempt; what can be delivered is appended to `out`.
-
-        Mutates this merge and `out`. Returns what is wrong with them, or an empty string.
-        """
-        num_known = self.next_index - first_index
-        if num_known >= len(token_ids):
-            return ""
-        if num_known < 0:
-            return self._keep_early(first_index, token_ids, logprobs)
-        if self.first_token_s is None:
-            self.first_token_s = now_s
-        fault = self._deliver(token_ids[num_known:], logprobs[num_known:], out)
-        self.flowing = self.attempt
-        if not fault and self.early_tokens:
-            early_tokens, early_logprobs = self.early_tokens, self.early_logprobs
-            self.early_tokens, self.early_logprobs = [], []
-            # The early ones follow the attempt's first token, whichever node it came from.
-            skip = max(0, len(token_ids) - num_known - 1)
-            fault = self._deliver(early_tokens[skip:], early_logprobs[skip:], out)
-        return fault
-
-    def _deliver(self, token_ids: Sequence[int], logprobs: _Logprobs, out: DeliverTokens) -> str:
-        room = self.max_tokens - self.next_index
-        accepted = token_ids[:room]
-        if accepted:
-            self.tokens.extend(accepted)
-            self.next_index += len(accepted)
-            _append(out, self.stream_id, accepted, logprobs[:room])
-        if len(token_ids) > room:
-            return f"it went on after max_tokens ({self.max_tokens})"
-        return ""
-
-    def _keep_early(self, first_index: int, token_ids: Sequence[int], logprobs: _Logprobs) -> str:
-        if self.flowing == self.attempt:
-            return f"it skipped from output token {self.next_index} to {first_index}"
-        expected = self.next_index + 1 + len(self.early_tokens)
-        if first_index > expected:
-            return f"it skipped from output token {expected} to {first_index}"
-        fresh = token_ids[expected - first_index :]
-        if len(self.early_tokens) + len(fresh) > self.max_early_tokens:
-            return f"it is more than {self.max_early_tokens} tokens ahead of the prefill node's first"
-        self.early_tokens.extend(fresh)
-        self.early_logprobs.extend(logprobs[expected - first_index :] or [None] * len(fresh))
-        return ""
+from kvrelay.router.output_merge import MAX_TOKEN_ID, OutputMerge
+from kvrelay.router.steady_run import SteadyRun
 
 
 class MergedAttempt(Protocol):
@@ -121,12 +30,14 @@ class MergedAttempt(Protocol):
 
 @dataclass(slots=True)
 class MergedBatch:
-    """What became of one `TokenBatch`. `faults` pairs an attempt with what its node did wrong."""
+    """What became of one `TokenBatch`. `faults` pairs an attempt with what its node did wrong. `steady_run`
+    is to be offered the node's next batch."""
 
     deliveries: dict[SessionId, DeliverTokens] = field(default_factory=dict)
     faults: list[tuple[AttemptId, str]] = field(default_factory=list)
     num_delivered_tokens: int = 0
     num_dropped_tokens: int = 0
+    steady_run: SteadyRun | None = None
 
 
 def batch_fault(batch: TokenBatch) -> str:
@@ -140,7 +51,7 @@ def batch_fault(batch: TokenBatch) -> str:
         return "its counts do not add up to its tokens"
     if len(batch.logprobs) not in (0, num_tokens):
         return "its logprobs do not match its tokens"
-    if min(batch.token_ids) < 0 or max(batch.token_ids) > _MAX_TOKEN_ID or min(batch.first_indices) < 0:
+    if min(batch.token_ids) < 0 or max(batch.token_ids) > MAX_TOKEN_ID or min(batch.first_indices) < 0:
         return "a token id or an index is out of range"
     return ""
 
@@ -160,6 +71,8 @@ def merge_batch(
         slow = range(len(batch.attempts))
     if slow:
         _merge_each(batch, slow, in_flight, merged, now_s)
+    elif batch.step > 0 and merged.num_delivered_tokens == len(batch.token_ids):
+        merged.steady_run = _start_steady_run(batch, in_flight)
     merged.num_dropped_tokens = len(batch.token_ids) - merged.num_delivered_tokens
     return merged
 
@@ -181,11 +94,16 @@ def _merge_flowing(
         if attempt is None:
             continue
         merge = attempt.merge
-        if merge.flowing != attempt_id or merge.next_index != index or index >= merge.max_tokens:
+        written = merge.written
+        if (
+            merge.flowing != attempt_id
+            or merge.first_index + len(written) != index
+            or index >= merge.max_tokens
+            or merge.steady_run is not None
+        ):
             slow.append(entry)
             continue
-        merge.next_index = index + 1
-        merge.tokens.append(token_id)
+        written.append(token_id)
         if merge.session != session:
             session = merge.session
             out = _delivery(merged, session)
@@ -196,6 +114,14 @@ def _merge_flowing(
         out.counts = [1] * len(out.token_ids)
         merged.num_delivered_tokens += len(out.token_ids)
     return slow
+
+
+def _start_steady_run(batch: TokenBatch, in_flight: Mapping[AttemptId, MergedAttempt]) -> SteadyRun | None:
+    """Of a batch whose rows came again, and all of which went straight through."""
+    merges = [in_flight[attempt_id].merge for attempt_id in _attempt_ids(batch)]
+    if len({id(merge) for merge in merges}) < len(merges):
+        return None  # twice the same: one step further it says what was said before
+    return SteadyRun(batch, merges)
 
 
 def _merge_each(
@@ -236,13 +162,3 @@ def _delivery(merged: MergedBatch, session: SessionId) -> DeliverTokens:
     if out is None:
         out = merged.deliveries[session] = DeliverTokens(session)
     return out
-
-
-def _append(out: DeliverTokens, stream_id: int, token_ids: Sequence[int], logprobs: _Logprobs) -> None:
-    if logprobs or out.logprobs:
-        # One column for all: those without get None.
-        out.logprobs.extend([None] * (len(out.token_ids) - len(out.logprobs)))
-        out.logprobs.extend(logprobs or [None] * len(token_ids))
-    out.stream_ids.append(stream_id)
-    out.counts.append(len(token_ids))
-    out.token_ids.extend(token_ids)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from itertools import chain
 
 from kvrelay.core.client_types import CallAccepted, CallFinished, SessionUpdate
 from kvrelay.core.errors import KVRelayError
@@ -21,6 +22,8 @@ class SessionOutbox:
     def __init__(self, max_buffered_tokens: int, max_buffered_answers: int) -> None:
         self._max_buffered_tokens = max_buffered_tokens
         self._max_buffered_answers = max_buffered_answers
+        self._tokens: list[DeliverTokens] = []
+        self._num_tokens = 0
         self._next = SessionUpdate()
         self._has_news = False
         self._is_closed = False
@@ -29,22 +32,15 @@ class SessionOutbox:
 
     @property
     def num_buffered_tokens(self) -> int:
-        return len(self._next.token_ids)
+        return self._num_tokens
 
     def put_tokens(self, tokens: DeliverTokens) -> bool:
-        """Append columns; takes over the lists of `tokens`. False: they did not fit, nothing was taken."""
-        update = self._next
-        if len(update.token_ids) + len(tokens.token_ids) > self._max_buffered_tokens:
+        """Queue tokens; their columns are shared, not changed. False: they did not fit."""
+        num_tokens = self._num_tokens + len(tokens.token_ids)
+        if num_tokens > self._max_buffered_tokens:
             return False
-        if tokens.logprobs or update.logprobs:
-            _append_logprobs(update, tokens)
-        if update.token_ids:
-            update.stream_ids += tokens.stream_ids
-            update.counts += tokens.counts
-            update.token_ids += tokens.token_ids
-        else:
-            update.stream_ids, update.counts = tokens.stream_ids, tokens.counts
-            update.token_ids = tokens.token_ids
+        self._tokens.append(tokens)
+        self._num_tokens = num_tokens
         self._announce()
         return True
 
@@ -68,6 +64,7 @@ class SessionOutbox:
         """Drop all tokens that wait; fail the live streams, and those whose last tokens were among them."""
         finished = [stream_id for stream_id, _ in self._next.finished]
         earlier = self._next
+        self._take_tokens()
         self._next = SessionUpdate(accepted=earlier.accepted, failed=earlier.failed)
         self._next.failed += [(stream_id, error) for stream_id in (*finished, *live_stream_ids)]
         self._announce()
@@ -79,7 +76,10 @@ class SessionOutbox:
         self._taken.set()
 
     async def take(self) -> SessionUpdate | None:
-        """All that waits, once there is something; None after `close`. The update is the caller's."""
+        """All that waits, once there is something; None after `close`.
+
+        Tokens of a single delivery come in its own columns: rows that are delivered again are told by that.
+        """
         while not self._has_news:
             if self._is_closed:
                 return None
@@ -89,6 +89,7 @@ class SessionOutbox:
             finally:
                 self._waiter = None
         update, self._next = self._next, SessionUpdate()
+        _add_tokens(update, self._take_tokens())
         self._has_news = False
         self._taken.set()
         return update
@@ -98,6 +99,11 @@ class SessionOutbox:
         while self._num_answers >= self._max_buffered_answers and not self._is_closed:
             self._taken.clear()
             await self._taken.wait()
+
+    def _take_tokens(self) -> list[DeliverTokens]:
+        tokens, self._tokens = self._tokens, []
+        self._num_tokens = 0
+        return tokens
 
     @property
     def _num_answers(self) -> int:
@@ -112,7 +118,16 @@ class SessionOutbox:
             self._waiter.set_result(None)
 
 
-def _append_logprobs(update: SessionUpdate, tokens: DeliverTokens) -> None:
-    """One column for all: those without get None. To be called before the token ids are appended."""
-    update.logprobs.extend([None] * (len(update.token_ids) - len(update.logprobs)))
-    update.logprobs.extend(tokens.logprobs or [None] * len(tokens.token_ids))
+def _add_tokens(update: SessionUpdate, deliveries: list[DeliverTokens]) -> None:
+    if len(deliveries) == 1:
+        tokens = deliveries[0]
+        update.stream_ids, update.counts = tokens.stream_ids, tokens.counts
+        update.token_ids, update.logprobs = tokens.token_ids, tokens.logprobs
+    elif deliveries:
+        update.stream_ids = list(chain.from_iterable(tokens.stream_ids for tokens in deliveries))
+        update.counts = list(chain.from_iterable(tokens.counts for tokens in deliveries))
+        update.token_ids = list(chain.from_iterable(tokens.token_ids for tokens in deliveries))
+        if any(tokens.logprobs for tokens in deliveries):
+            # One column for all: those without get None.
+            columns = (tokens.logprobs or [None] * len(tokens.token_ids) for tokens in deliveries)
+            update.logprobs = list(chain.from_iterable(columns))

@@ -50,8 +50,8 @@ from kvrelay.router.views import ClusterStatus
 
 logger = logging.getLogger(__name__)
 
-LIVE_TICK_S: Final = 0.05
-IDLE_TICK_S: Final = 0.2
+OFTEN_TICK_S: Final = 0.05
+RARE_TICK_S: Final = 0.2
 
 
 class RouterShell:
@@ -260,10 +260,12 @@ class RouterShell:
         self.dispatch(Ticked())
 
     async def run_ticker(self) -> None:
-        """Tick until cancelled: often while requests live, rarely when idle."""
+        """Tick until cancelled: often while time decides something for a request, rarely otherwise."""
         while True:
             self.tick()
-            await asyncio.sleep(LIVE_TICK_S if self.sessions.session_of else IDLE_TICK_S)
+            now_s = self.clock.now_s()
+            pause_s = self._core.next_tick_s(now_s) - now_s
+            await asyncio.sleep(min(RARE_TICK_S, max(OFTEN_TICK_S, pause_s)))
 
     # ---- effects ------------------------------------------------------------------------------------
 

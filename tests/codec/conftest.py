@@ -209,7 +209,7 @@ def session_updates(draw):
         keys,
         counts,
         ids,
-        logprobs,
+        tuple(logprobs),
         draw(some(st.tuples(UINT32, ACCEPTED))),
         draw(some(st.tuples(UINT32, FINISHED))),
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Protocol
 
+from kvrelay.codec.cluster import TokenBatchDecoder, TokenBatchEncoder
 from kvrelay.core.ids import AttemptId, NodeId
 from kvrelay.core.node_messages import (
     AttemptFailed,
@@ -35,6 +36,7 @@ class FakeWorld(Protocol):
 
     now_s: float
     rng: Random
+    num_steady_steps: int
 
     @property
     def nodes(self) -> Mapping[str, FakeNode]: ...
@@ -100,6 +102,8 @@ class FakeNode:
     life: int = 0
     sent_until_s: float = 0.0
     heard_until_s: float = 0.0
+    encoder: TokenBatchEncoder = field(default_factory=TokenBatchEncoder)
+    decoder: TokenBatchDecoder = field(default_factory=TokenBatchDecoder)
 
     @property
     def node_id(self) -> str:
@@ -110,6 +114,7 @@ class FakeNode:
     def attach(self) -> None:
         self.is_up, self.is_draining = True, False
         self.description = replace(self.description, incarnation=self.description.incarnation + 1)
+        self.encoder, self.decoder = TokenBatchEncoder(), TokenBatchDecoder()
         life, event = self.life, NodeAttached(self.description)
 
         def arrive() -> None:
@@ -137,6 +142,9 @@ class FakeNode:
 
     def say(self, *reports: Report, tokens: TokenBatch | None = None) -> None:
         load = NodeLoad(num_running=len(self.held)) if self.world.rng.random() < 0.5 else None
+        if tokens is not None:
+            tokens = self.decoder.decode(self.encoder.encode(tokens))
+            self.world.num_steady_steps += tokens.step > 0
         self._to_router(NodeReported(NodeId(self.node_id), tokens, reports, load))
 
     def hear(self, command: Command) -> None:
@@ -225,6 +233,7 @@ class FakeNode:
         running = [attempt for attempt, held in self.held.items() if held.is_decoding]
         drawn: list[tuple[AttemptId, int, list[int]]] = []
         reports: list[Report] = []
+        num_tokens = 1 if self.world.rng.random() < 0.8 else 3
         for attempt in running:
             if self.world.chance("fail"):
                 del self.held[attempt]
@@ -232,7 +241,7 @@ class FakeNode:
                 continue
             held = self.held[attempt]
             first = len(held.output)
-            reason = self._draw(held)
+            reason = self._draw(held, num_tokens)
             drawn.append((attempt, first, held.output[first:]))
             if reason is not None:
                 del self.held[attempt]
@@ -240,9 +249,9 @@ class FakeNode:
         if running:
             self.say(*reports, tokens=_batch(drawn))
 
-    def _draw(self, held: Held) -> FinishReason | None:
+    def _draw(self, held: Held, num_tokens: int) -> FinishReason | None:
         reason = None
-        for _ in range(1 if self.world.rng.random() < 0.8 else 3):
+        for _ in range(num_tokens):
             held.output.append(next_token(held.request, held.output))
             reason = finish_reason(held.request, held.output)
             if reason is not None:
@@ -253,7 +262,7 @@ class FakeNode:
 def _batch(drawn: list[tuple[AttemptId, int, list[int]]]) -> TokenBatch:
     return TokenBatch(
         attempts=[attempt for attempt, _, _ in drawn],
-        first_indices=[first for _, first, _ in drawn],
+        start_indices=[first for _, first, _ in drawn],
         counts=[len(token_ids) for _, _, token_ids in drawn],
         token_ids=[token_id for _, _, token_ids in drawn for token_id in token_ids],
     )

@@ -69,6 +69,7 @@ class World:
         self.counter = count()
         self.todo: list[tuple[float, int, Callable[[], None]]] = []
         self.clients: dict[tuple[int, int], Client] = {}
+        self.num_steady_steps = 0
         rate = self.rng.choice([0.0, 0.02, 0.1])
         self.chances = {"fail": rate / 3, "refuse": rate, "push": rate}
         config = RouterCoreConfig(
@@ -261,9 +262,11 @@ def test_without_faults_every_request_is_answered() -> None:
     assert sum(client.end == "finished" for client in world.clients.values()) >= 20
 
 
-def test_the_simulation_meets_continuations_losses_and_refusals() -> None:
-    counters = [play(seed).core.status(0.0).counters for seed in range(12)]
+def test_the_simulation_meets_continuations_losses_refusals_and_steady_steps() -> None:
+    worlds = [play(seed) for seed in range(12)]
+    counters = [world.core.status(0.0).counters for world in worlds]
     assert sum(found.num_continuations for found in counters) > 10
     assert sum(found.num_nodes_lost for found in counters) > 5
     assert sum(found.num_attempts_refused for found in counters) > 5
     assert sum(found.num_tokens_dropped for found in counters) > 0
+    assert sum(world.num_steady_steps for world in worlds) > 500

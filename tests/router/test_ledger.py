@@ -9,7 +9,7 @@ from kvrelay.core.request import TokenRequest
 from kvrelay.core.sampling import SamplingParams
 from kvrelay.router.events import SessionId
 from kvrelay.router.ledger import TRANSITIONS, RequestEntry, RequestState
-from kvrelay.router.merge import OutputMerge
+from kvrelay.router.output_merge import OutputMerge
 
 MOVES = {
     "queued": "prefilling done failed",

@@ -11,7 +11,8 @@ from kvrelay.core.ids import AttemptId
 from kvrelay.core.node_messages import Role, TokenBatch
 from kvrelay.core.request import TokenLogprobs
 from kvrelay.router.events import DeliverTokens, SessionId
-from kvrelay.router.merge import MergedBatch, OutputMerge, batch_fault, merge_batch
+from kvrelay.router.merge import MergedBatch, batch_fault, merge_batch
+from kvrelay.router.output_merge import OutputMerge
 
 ATTEMPT = AttemptId(3)
 

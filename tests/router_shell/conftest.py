@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import grpc
 import pytest
 
-from kvrelay.codec.client_api import decode_session_update, encode_session_ask
+from kvrelay.codec.client_api import SessionUpdateDecoder, encode_session_ask
 from kvrelay.codec.cluster import (
     decode_router_frame,
     decode_welcome,
@@ -327,6 +327,7 @@ class SessionClient:
     finished: dict = field(default_factory=dict)
     failed: dict = field(default_factory=dict)
     num_messages: int = 0
+    _decoder: SessionUpdateDecoder = field(default_factory=SessionUpdateDecoder)
 
     async def ask(self, *calls, cancel=()):
         await self.call.write(encode_session_ask(SessionAsk(tuple(calls), tuple(cancel))))
@@ -342,7 +343,7 @@ class SessionClient:
                 await self.read()
 
     async def read(self):
-        update = decode_session_update(await self.call.read())
+        update = self._decoder.decode(await self.call.read())
         self.num_messages += 1
         start = 0
         self.accepted.update(update.accepted)

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from kvrelay.codec.client_api import SessionUpdateDecoder, SessionUpdateEncoder
 from kvrelay.core.client_types import CallAccepted, CallFinished
 from kvrelay.core.errors import Overloaded
 from kvrelay.core.request import FinishReason, TokenLogprobs
@@ -38,6 +39,24 @@ async def test_an_update_that_was_taken_does_not_change_any_more(outbox):
     outbox.put_tokens(tokens(1, 6))
     assert update.token_ids == [5]
     assert (await outbox.take()).token_ids == [6]
+
+
+async def test_rows_delivered_again_are_recognised_unless_a_slow_client_got_several_at_once(outbox):
+    """The core delivers the same lists step after step: they are shared, so they must not be changed."""
+    stream_ids, counts = [1, 2], [1, 1]
+    encoder, decoder = SessionUpdateEncoder(), SessionUpdateDecoder()
+    read, num_bare = [], 0
+    for steps in ([[5, 6]], [[7, 8]], [[9, 10], [11, 12]], [[13, 14]]):
+        for token_ids in steps:
+            assert outbox.put_tokens(DeliverTokens(1, stream_ids, counts, token_ids))
+        pb = encoder.encode(await outbox.take())
+        num_bare += not pb.stream_ids
+        update = decoder.decode(pb)
+        assert update.counts == [1] * len(update.stream_ids)
+        read += zip(update.stream_ids, update.token_ids, strict=True)
+    assert read == list(zip([1, 2] * 5, range(5, 15), strict=True))
+    assert num_bare == 2
+    assert (stream_ids, counts) == ([1, 2], [1, 1])
 
 
 async def test_a_waiting_writer_is_woken_once_there_is_something(outbox):

@@ -120,7 +120,7 @@ class SessionGenerate(_message.Message):
     def __init__(self, stream_id: _Optional[int] = ..., request: _Optional[_Union[GenerateRequest, _Mapping]] = ...) -> None: ...
 
 class SessionResponse(_message.Message):
-    __slots__ = ("stream_ids", "counts", "token_ids", "logprobs", "accepted", "finished", "failed")
+    __slots__ = ("stream_ids", "counts", "token_ids", "logprobs", "accepted", "finished", "failed", "row_set")
     STREAM_IDS_FIELD_NUMBER: _ClassVar[int]
     COUNTS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -128,6 +128,7 @@ class SessionResponse(_message.Message):
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
+    ROW_SET_FIELD_NUMBER: _ClassVar[int]
     stream_ids: _containers.RepeatedScalarFieldContainer[int]
     counts: _containers.RepeatedScalarFieldContainer[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -135,7 +136,8 @@ class SessionResponse(_message.Message):
     accepted: _containers.RepeatedCompositeFieldContainer[SessionAccepted]
     finished: _containers.RepeatedCompositeFieldContainer[SessionFinished]
     failed: _containers.RepeatedCompositeFieldContainer[SessionFailed]
-    def __init__(self, stream_ids: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., accepted: _Optional[_Iterable[_Union[SessionAccepted, _Mapping]]] = ..., finished: _Optional[_Iterable[_Union[SessionFinished, _Mapping]]] = ..., failed: _Optional[_Iterable[_Union[SessionFailed, _Mapping]]] = ...) -> None: ...
+    row_set: int
+    def __init__(self, stream_ids: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., accepted: _Optional[_Iterable[_Union[SessionAccepted, _Mapping]]] = ..., finished: _Optional[_Iterable[_Union[SessionFinished, _Mapping]]] = ..., failed: _Optional[_Iterable[_Union[SessionFailed, _Mapping]]] = ..., row_set: _Optional[int] = ...) -> None: ...
 
 class SessionAccepted(_message.Message):
     __slots__ = ("stream_id", "accepted")

@@ -13,6 +13,7 @@ import grpc
 import pytest_asyncio
 
 from kvrelay.codec.cluster import (
+    TokenBatchDecoder,
     decode_hello,
     decode_node_frame,
     encode_router_frame,
@@ -142,8 +143,9 @@ class FakeRouter(cluster_pb2_grpc.ClusterServicer):
 
     async def _read(self, node: AttachedNode, frames: AsyncIterator[cluster_pb2.NodeFrame]) -> None:
         assembly = TokenizerAssembly(node.description.tokenizer_digest)
+        decode_tokens = TokenBatchDecoder().decode
         async for received in frames:
-            frame = decode_node_frame(received)
+            frame = decode_node_frame(received, decode_tokens)
             if frame.tokenizer is not None:
                 node.tokenizer = assembly.add(frame.tokenizer)
             _take(node, frame)
