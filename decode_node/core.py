@@ -35,8 +35,16 @@ from kvrelay.core.node_messages import (
 )
 from kvrelay.engine.interface import SequenceFailure
 from kvrelay.kv_transfer.interface import ExpectedTransfer, ReceiveDone
-from kvrelay.node.attempt import ENDING, Attempt, AttemptState, Transitions, prompt_digest, sequence_key
-from kvrelay.node.core import NodeCore, failure
+from kvrelay.node.attempt import (
+    ENDING,
+    Attempt,
+    AttemptState,
+    Transitions,
+    failure,
+    prompt_digest,
+    sequence_key,
+)
+from kvrelay.node.core import NodeCore
 from kvrelay.node.effect_buffer import EffectBuffer
 from kvrelay.node.events import (
     ExpectTransfer,

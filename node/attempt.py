@@ -8,8 +8,9 @@ from enum import StrEnum
 from typing import Final
 
 from kvrelay.core.block_hash import BlockHash, root_hash, sequence_digest
+from kvrelay.core.errors import KVRelayError
 from kvrelay.core.ids import AttemptId, TransferId
-from kvrelay.core.node_messages import Report
+from kvrelay.core.node_messages import AttemptFailed, AttemptRefused, Report
 from kvrelay.core.request import TokenRequest
 from kvrelay.engine.interface import SequenceKey
 
@@ -74,6 +75,16 @@ class Attempt:
 def sequence_key(transfer_id: TransferId) -> SequenceKey:
     """The engine's name for an attempt's sequence; no two attempts share it."""
     return SequenceKey(str(transfer_id))
+
+
+def refusal(attempt: AttemptId, error: KVRelayError) -> AttemptRefused:
+    """What is reported of an attempt that was not taken up."""
+    return AttemptRefused(attempt, error.code, error.message, error.field or "")
+
+
+def failure(attempt: AttemptId, error: KVRelayError) -> AttemptFailed:
+    """What is reported of an attempt that came to nothing."""
+    return AttemptFailed(attempt, error.code, error.message, error.field or "")
 
 
 def prompt_digest(request: TokenRequest, fingerprint_digest: bytes) -> BlockHash:

@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from kvrelay.core.errors import EngineFailed, InvalidRequest, KVRelayError, NodeUnavailable, Overloaded
-from kvrelay.core.ids import AttemptId, TransferId
+from kvrelay.core.ids import TransferId
 from kvrelay.core.node_messages import (
-    AttemptFailed,
-    AttemptRefused,
     Command,
     DrainStarted,
     KVReleased,
@@ -31,7 +29,15 @@ from kvrelay.core.node_messages import (
 )
 from kvrelay.engine.interface import SequenceKey
 from kvrelay.kv_transfer.interface import PushDone, PushFailed, ReceiveDone, ReceiveFailed
-from kvrelay.node.attempt import ENDING, Attempt, AttemptState, Transitions, sequence_key
+from kvrelay.node.attempt import (
+    ENDING,
+    Attempt,
+    AttemptState,
+    Transitions,
+    failure,
+    refusal,
+    sequence_key,
+)
 from kvrelay.node.effect_buffer import EffectBuffer
 from kvrelay.node.events import (
     CancelTransfer,
@@ -195,7 +201,7 @@ class NodeCore(ABC):
         attempt = self._attempts.get(event.key)
         if attempt is None or attempt.state in ENDING:
             return
-        refused = _refusal(attempt.number, event.error)
+        refused = refusal(attempt.number, event.error)
         if attempt.has_transfer:
             self._end(attempt, refused, out)
         else:
@@ -235,7 +241,7 @@ class NodeCore(ABC):
         elif attempt is not None:
             out.add(CloseRouter(router_epoch, f"attempt {command.attempt} was started twice"))
         elif (error := self._why_refused(command)) is not None:
-            out.report(router_epoch, _refusal(command.attempt, error))
+            out.report(router_epoch, refusal(command.attempt, error))
         else:
             key = sequence_key(transfer_id)
             attempt = Attempt(transfer_id, key, command.request, self._first_state(), now_s)
@@ -295,12 +301,3 @@ class NodeCore(ABC):
         for attempt in list(self._attempts.values()):
             if attempt.state not in ENDING:
                 self._end_with_error(attempt, error, out)
-
-
-def failure(attempt: AttemptId, error: KVRelayError) -> AttemptFailed:
-    """What is reported of an attempt that came to nothing."""
-    return AttemptFailed(attempt, error.code, error.message, error.field or "")
-
-
-def _refusal(attempt: AttemptId, error: KVRelayError) -> AttemptRefused:
-    return AttemptRefused(attempt, error.code, error.message, error.field or "")

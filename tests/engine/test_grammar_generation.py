@@ -205,6 +205,8 @@ def test_a_bad_grammar_is_refused_when_it_comes_and_holds_nothing(build, request
         with pytest.raises(InvalidRequest, match="nowhere") as refusal:
             enter(bad, "a")
         assert refusal.value.field == "sampling.grammar"
+        with pytest.raises(InvalidRequest, match="grammar"):
+            enter(request_of(prompt_of(9), grammar=GRAMMARS["regex"], outputs=[5, 6]), "a")
     engine.check()
     assert engine.load().num_empty_blocks == engine.info.num_blocks
     assert (engine.load().num_reserved, engine.load().num_waiting) == (0, 0)
