@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Self, Unpack
 
 import grpc
 
@@ -17,9 +17,10 @@ from kvrelay.client.addresses import DEFAULT_PORT, parse_addresses
 from kvrelay.client.config import ClientConfig, default_cache_dir
 from kvrelay.client.generation import Generation, GenerationParts
 from kvrelay.client.generation_ask import (
-    DEFAULT_SAMPLING,
+    AskOptions,
     GenerationAsk,
     PreparedCall,
+    check_messages,
     check_text,
     check_token_ids,
     make_ask,
@@ -44,7 +45,6 @@ from kvrelay.codec.client_api import (
 from kvrelay.core.client_types import MAX_REQUEST_ID_CHARS
 from kvrelay.core.cluster_view import ClusterState, ModelInfo
 from kvrelay.core.errors import InvalidRequest, KVRelayError, RouterUnavailable, UnknownRequest
-from kvrelay.core.sampling import SamplingParams
 
 DEFAULT_ADDRESS: Final = f"127.0.0.1:{DEFAULT_PORT}"
 DEFAULT_CONFIG: Final = ClientConfig()
@@ -97,67 +97,34 @@ class AsyncClient:
     # ---- generating -----------------------------------------------------------------------------
 
     def generate(
-        self,
-        prompt: str | Sequence[int] | None = None,
-        *,
-        messages: Sequence[Mapping[str, str]] | None = None,
-        chat: bool = False,
-        model: str = "",
-        sampling: SamplingParams = DEFAULT_SAMPLING,
-        timeout_s: float | None = None,
-        request_id: str = "",
-        cache_salt: bytes = b"",
-        decode_text: bool = True,
+        self, prompt: str | Sequence[int] | None = None, **options: Unpack[AskOptions]
     ) -> GenerationStream:
-        """The answer to `prompt` (text or token ids) or to `messages`, as it comes.
+        """The answer to `prompt` (text or token ids) or to ``messages``, as it comes.
 
-        Text is tokenized as it is; with `chat` it becomes one user message, and `messages` go through the
-        model's chat template. `model` may be left out where one is served. `timeout_s` counts from the
-        first read. `request_id` is drawn unless given. Prompts share cached prefixes only under the same
-        `cache_salt`. `decode_text` False leaves texts empty, and needs no tokenizer.
+        Options, all of which may be left out:
+
+        * ``messages``: a conversation, by the model's chat template, which also gets ``tools``,
+          ``template_variables`` and ``add_generation_prompt`` (true). ``chat``: a text prompt becomes one
+          user message; without it, it is tokenized as it is.
+        * ``model``: may be left out where one is served.
+        * ``sampling``: `SamplingParams`; greedy, 256 tokens.
+        * ``stop``: the answer ends before the first of these texts, with ``include_stop`` after it.
+        * ``timeout_s``: counts from the first read. ``request_id``: drawn unless given.
+        * ``cache_salt``: prompts share cached prefixes only under the same one.
+        * ``decode_text`` False leaves texts empty, and needs no tokenizer; ``skip_special_tokens`` False
+          shows special tokens.
 
         Raises:
             InvalidRequest: naming the `field`; nothing has been sent.
             ContextLengthExceeded: the prompt is longer than any model takes.
         """
-        ask = make_ask(
-            prompt,
-            messages,
-            chat=chat,
-            model=model,
-            sampling=sampling,
-            timeout_s=timeout_s,
-            request_id=request_id,
-            cache_salt=cache_salt,
-            decode_text=decode_text,
-        )
-        return GenerationStream(Generation(ask, self._parts))
+        return GenerationStream(Generation(make_ask(prompt, options), self._parts))
 
     async def complete(
-        self,
-        prompt: str | Sequence[int] | None = None,
-        *,
-        messages: Sequence[Mapping[str, str]] | None = None,
-        chat: bool = False,
-        model: str = "",
-        sampling: SamplingParams = DEFAULT_SAMPLING,
-        timeout_s: float | None = None,
-        request_id: str = "",
-        cache_salt: bytes = b"",
-        decode_text: bool = True,
+        self, prompt: str | Sequence[int] | None = None, **options: Unpack[AskOptions]
     ) -> GenerationResult:
         """The whole answer at once; arguments and errors as for `generate` and its stream."""
-        stream = self.generate(
-            prompt,
-            messages=messages,
-            chat=chat,
-            model=model,
-            sampling=sampling,
-            timeout_s=timeout_s,
-            request_id=request_id,
-            cache_salt=cache_salt,
-            decode_text=decode_text,
-        )
+        stream = self.generate(prompt, **options)
         async for _ in stream:
             pass
         return stream.result
@@ -263,6 +230,26 @@ class AsyncClient:
         """Token ids of a text, as `generate` makes them of a prompt."""
         check_text(text, "text")
         return (await self.tokenizer(model)).encode(text, add_special_tokens=add_special_tokens)
+
+    async def tokenize_chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        model: str = "",
+        add_generation_prompt: bool = True,
+        template_variables: Mapping[str, object] | None = None,
+    ) -> tuple[int, ...]:
+        """Token ids of a conversation, as `generate` makes them of ``messages``."""
+        check_messages(messages)
+        tokenizer = await self.tokenizer(model)
+        return await asyncio.to_thread(
+            tokenizer.encode_chat,
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            variables=template_variables,
+        )
 
     async def detokenize(
         self, token_ids: Sequence[int], *, model: str = "", skip_special_tokens: bool = True

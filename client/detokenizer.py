@@ -15,16 +15,52 @@ at any time; those left serve as context, for decoders that treat the first toke
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, Protocol
 
+from kvrelay.client.token_bytes import TokenBytes
+
+_UTF8_DECODER: Final = codecs.getincrementaldecoder("utf-8")
 _REPLACEMENT: Final = "\ufffd"
 _MAX_WINDOW_TOKENS: Final = 12
 _CONTEXT_TOKENS: Final = 5
 
 
-class Detokenizer:
-    """Decodes one output as it grows: the parts handed out, joined, are `decode` of all shown tokens.
+class Detokenizer(Protocol):
+    """Decodes one output as it grows: the parts handed out, joined, are the text of all shown tokens."""
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Take the next tokens; returns the text that they settle, perhaps empty."""
+        ...
+
+    def flush(self) -> str:
+        """The rest, once no more tokens come."""
+        ...
+
+
+class ByteDetokenizer:
+    """For byte-level vocabularies: tokens are bytes, and bytes are UTF-8; nothing is decoded twice.
+
+    `hidden_ids` are not shown.
+    """
+
+    def __init__(self, token_bytes: TokenBytes, *, hidden_ids: frozenset[int] = frozenset()) -> None:
+        self._token_bytes = token_bytes
+        self._hidden_ids = hidden_ids
+        self._decode = _UTF8_DECODER(errors="replace").decode
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        token_bytes, hidden_ids = self._token_bytes, self._hidden_ids
+        raw = b"".join([token_bytes[token_id] for token_id in token_ids if token_id not in hidden_ids])
+        return self._decode(raw)
+
+    def flush(self) -> str:
+        return self._decode(b"", True)
+
+
+class WindowDetokenizer:
+    """For any vocabulary: decodes a window of recent tokens again and again.
 
     `hidden_ids` are not shown: special tokens, which `decode` would leave out anyway, and what ends an
     output. `byte_ids` are the byte-fallback tokens, none for a byte-level vocabulary.

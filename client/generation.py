@@ -13,16 +13,18 @@ from dataclasses import dataclass
 from random import Random
 
 from kvrelay.client.config import ClientConfig
-from kvrelay.client.detokenizer import Detokenizer
 from kvrelay.client.generation_ask import GenerationAsk, PreparedCall
 from kvrelay.client.in_flight import InFlight
 from kvrelay.client.mailbox import AttemptEnd, AttemptFailed, Delivery, Mailbox
+from kvrelay.client.output_text import OutputText
 from kvrelay.client.request_progress import RequestProgress
 from kvrelay.client.results import GenerationChunk, GenerationResult
 from kvrelay.client.router_set import RouterSet
 from kvrelay.client.session import Session
 from kvrelay.core.client_types import CallFinished
 from kvrelay.core.errors import DeadlineExceeded, KVRelayError, RequestCancelled, RouterUnavailable
+from kvrelay.core.request import FinishReason
+from kvrelay.core.request_report import RequestReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +56,7 @@ class Generation:
         self.progress: RequestProgress | None = None
         self._parts = parts
         self._mailbox = Mailbox(parts.config.max_buffered_tokens)
-        self._detokenizer: Detokenizer | None = None
-        self._texts: list[str] = []
+        self._output_text = OutputText(None)
         self._attempt: _Attempt | None = None
         self._failure: AttemptFailed | None = None
         self._router = ""
@@ -76,6 +77,9 @@ class Generation:
             progress = self.progress
             if self._attempt is None or progress is None:
                 progress = await self._begin_attempt()
+            if self._output_text.stop_text is not None:
+                await self._end_satisfied(progress)
+                return None
             chunk = self._absorb(progress, await self._mailbox.take())
             if chunk is not None:
                 return chunk
@@ -137,7 +141,7 @@ class Generation:
     async def _prepare(self) -> RequestProgress:
         started_s = self._parts.now_s()
         prepared = await self._parts.prepare(self.ask)
-        self._detokenizer = prepared.detokenizer
+        self._output_text = prepared.output_text
         self.progress = RequestProgress(prepared.call, started_s)
         return self.progress
 
@@ -172,22 +176,59 @@ class Generation:
     # ---- answers --------------------------------------------------------------------------------
 
     def _absorb(self, progress: RequestProgress, delivery: Delivery) -> GenerationChunk | None:
-        index, text = len(progress.token_ids), ""
-        if delivery.token_ids:
-            progress.take(delivery.token_ids, delivery.logprobs, delivery.arrivals_s)
+        index, end = len(progress.token_ids), delivery.end
+        text, num_taken = self._output_text.push(delivery.token_ids)
+        if num_taken:
+            progress.take(
+                delivery.token_ids[:num_taken], delivery.logprobs[:num_taken], delivery.arrivals_s[:num_taken]
+            )
             self._parts.routers.mark_well(self._router)
-        end = delivery.end
-        if isinstance(end, CallFinished) and (fault := progress.check_complete(end)):
-            end = AttemptFailed(fault, lost_router=True)
-        if self._detokenizer is not None:
-            text = self._detokenizer.push(delivery.token_ids)
-            text += self._detokenizer.flush() if isinstance(end, CallFinished) else ""
-        self._texts.append(text)
+        is_satisfied = self._output_text.stop_text is not None
+        if isinstance(end, CallFinished) and not is_satisfied:
+            if fault := progress.check_complete(end):
+                end = AttemptFailed(fault, lost_router=True)
+            else:
+                text += self._output_text.flush()
         if end is not None:
             self._end_attempt(progress, end)
-        if not delivery.token_ids and not text:
+        elif is_satisfied and self._attempt is not None:
+            self._attempt.session.finish(self._attempt.stream_id)
+        if not num_taken and not text:
             return None
-        return GenerationChunk(text, tuple(delivery.token_ids), tuple(progress.logprobs[index:]), index)
+        token_ids = tuple(progress.token_ids[index:])
+        return GenerationChunk(text, token_ids, tuple(progress.logprobs[index:]), index)
+
+    async def _end_satisfied(self, progress: RequestProgress) -> None:
+        """The text met its stop string: wait for the router's report, but never fail for want of it."""
+        end: AttemptEnd | None = self._failure
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._parts.config.call_timeout_s):
+                while end is None:
+                    end = (await self._mailbox.take()).end
+        if self._is_cancelled:
+            raise self._out_of_time()
+        if not isinstance(end, CallFinished):
+            end = CallFinished(FinishReason.STOP, self._own_report(progress))
+        self._end_attempt(progress, end)
+
+    def _own_report(self, progress: RequestProgress) -> RequestReport:
+        """What this client knows itself."""
+        arrivals_s, started_s = progress.arrivals_s, progress.started_s
+        return RequestReport(
+            prefill_node="",
+            decode_node="",
+            num_attempts=progress.num_attempts,
+            num_prompt_tokens=progress.call.request.num_prompt_tokens,
+            num_output_tokens=len(progress.token_ids),
+            num_cached_tokens=0,
+            queue_s=0.0,
+            ttft_s=arrivals_s[0] - started_s,
+            total_s=self._parts.now_s() - started_s,
+            kv_bytes=0,
+            kv_messages=0,
+            kv_seconds=0.0,
+            kv_transport="",
+        )
 
     def _end_attempt(self, progress: RequestProgress, end: AttemptEnd) -> None:
         self._drop_attempt()
@@ -204,11 +245,12 @@ class Generation:
 
     def _make_result(self, progress: RequestProgress, finished: CallFinished) -> GenerationResult:
         ended_s, arrivals_s = self._parts.now_s(), progress.arrivals_s
+        stop_text = self._output_text.stop_text
         return GenerationResult(
             request_id=self.ask.request_id,
-            text="".join(self._texts),
+            text=self._output_text.whole,
             token_ids=tuple(progress.token_ids),
-            finish_reason=finished.finish_reason,
+            finish_reason=FinishReason.STOP if stop_text is not None else finished.finish_reason,
             report=finished.report,
             logprobs=tuple(progress.logprobs),
             ttft_s=arrivals_s[0] - progress.started_s,
@@ -217,4 +259,5 @@ class Generation:
             num_retries=progress.num_retries,
             num_continuations=progress.num_continuations,
             router=self._router,
+            stop_text=stop_text,
         )

@@ -6,11 +6,12 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import SystemRandom
-from typing import Final, Protocol
+from typing import Any, Final, Protocol, TypedDict
 from uuid import uuid4
 
-from kvrelay.client.detokenizer import Detokenizer
 from kvrelay.client.model_tokenizer import ModelTokenizer
+from kvrelay.client.output_text import OutputText
+from kvrelay.client.stop_strings import StopStrings
 from kvrelay.codec.bounds import MAX_CACHE_SALT_BYTES, MAX_TOKEN_ID, length, seconds, text
 from kvrelay.codec.generate import MAX_TIMEOUT_S
 from kvrelay.core.client_types import MAX_MODEL_CHARS, MAX_REQUEST_ID_CHARS, GenerateCall
@@ -24,6 +25,9 @@ MAX_PROMPT_TOKENS: Final = 500_000
 of all others."""
 MAX_PROMPT_CHARS: Final = 16 << 20
 DEFAULT_SAMPLING: Final = SamplingParams()
+MAX_STOPS: Final = 16
+MAX_STOP_CHARS: Final = 1024
+MAX_TOOLS: Final = 1024
 _LONG_TEXT_CHARS: Final = 16_384
 """Tokenizing more than this takes milliseconds, so it is done off the event loop."""
 
@@ -33,7 +37,10 @@ class GenerationAsk:
     """A checked request of a caller. Exactly one of `prompt` and `messages` is given.
 
     `chat` wraps a text prompt as one user message; without it text is tokenized as it is. `decode_text`
-    False leaves every `text` empty, and spares a token-id prompt the model's tokenizer.
+    False leaves every `text` empty, and spares a token-id prompt the model's tokenizer. The answer ends
+    before the first of the texts in `stop`, or with `include_stop` after it. `tools`, `template_variables`
+    and `add_generation_prompt` are for the model's chat template. `skip_special_tokens` False shows special
+    tokens in the answer's text, but for the one that ends it.
 
     Raises:
         InvalidRequest: a field can't be served; `field` names it.
@@ -41,7 +48,7 @@ class GenerationAsk:
     """
 
     prompt: str | tuple[int, ...] | None
-    messages: tuple[Mapping[str, str], ...] | None = None
+    messages: tuple[Mapping[str, object], ...] | None = None
     chat: bool = False
     model: str = ""
     sampling: SamplingParams = DEFAULT_SAMPLING
@@ -49,6 +56,12 @@ class GenerationAsk:
     request_id: str = ""
     cache_salt: bytes = b""
     decode_text: bool = True
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    tools: tuple[Mapping[str, object], ...] | None = None
+    template_variables: Mapping[str, object] | None = None
+    add_generation_prompt: bool = True
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         self._check_names()
@@ -56,6 +69,7 @@ class GenerationAsk:
         if not isinstance(self.sampling, SamplingParams):
             raise InvalidRequest(f"sampling must be SamplingParams, got {self.sampling!r}", field="sampling")
         self._check_prompt()
+        self._check_stop()
 
     def _check_names(self) -> None:
         for field, most in (("model", MAX_MODEL_CHARS), ("request_id", MAX_REQUEST_ID_CHARS)):
@@ -71,7 +85,7 @@ class GenerationAsk:
         if (self.prompt is None) == (self.messages is None):
             raise InvalidRequest("give either prompt or messages", field="prompt")
         if self.messages is not None:
-            _check_messages(self.messages)
+            check_messages(self.messages)
         elif not self.prompt:
             raise InvalidRequest("prompt must not be empty", field="prompt")
         elif isinstance(self.prompt, str):
@@ -80,6 +94,18 @@ class GenerationAsk:
             check_token_ids(self.prompt, "prompt")
         if self.chat and not isinstance(self.prompt, str):
             raise InvalidRequest("chat needs a text prompt", field="chat")
+
+    def _check_stop(self) -> None:
+        if len(self.stop) > MAX_STOPS:
+            raise InvalidRequest(f"stop has {len(self.stop)} strings, at most {MAX_STOPS}", field="stop")
+        for index, stop in enumerate(self.stop):
+            if not isinstance(stop, str) or not 1 <= len(stop) <= MAX_STOP_CHARS:
+                raise InvalidRequest(
+                    f"stop[{index}] must be a string of 1 to {MAX_STOP_CHARS} characters",
+                    field=f"stop[{index}]",
+                )
+        if self.stop and not self.decode_text:
+            raise InvalidRequest("stop needs the answer's text: decode_text must be true", field="stop")
 
     def _check_timeout(self) -> None:
         if self.timeout_s is None:
@@ -92,33 +118,39 @@ class GenerationAsk:
             )
 
 
-def make_ask(
-    prompt: str | Sequence[int] | None,
-    messages: Sequence[Mapping[str, str]] | None,
-    *,
-    chat: bool,
-    model: str,
-    sampling: SamplingParams,
-    timeout_s: float | None,
-    request_id: str,
-    cache_salt: bytes,
-    decode_text: bool,
-) -> GenerationAsk:
+class AskOptions(TypedDict, total=False):
+    """What may be given beside a prompt; see `AsyncClient.generate`."""
+
+    messages: Sequence[Mapping[str, object]] | None
+    chat: bool
+    model: str
+    sampling: SamplingParams
+    timeout_s: float | None
+    request_id: str
+    cache_salt: bytes
+    decode_text: bool
+    stop: Sequence[str]
+    include_stop: bool
+    tools: Sequence[Mapping[str, object]] | None
+    template_variables: Mapping[str, object] | None
+    add_generation_prompt: bool
+    skip_special_tokens: bool
+
+
+def make_ask(prompt: str | Sequence[int] | None, options: AskOptions) -> GenerationAsk:
     """Freeze what a caller gave, with a request id where it gave none. Raises as `GenerationAsk` does."""
-    for field, value in (("prompt", prompt), ("messages", messages)):
+    lists: dict[str, Any] = {"prompt": prompt}
+    lists |= {name: options[name] for name in ("messages", "stop", "tools") if name in options}
+    for field, value in lists.items():
         if value is not None and (not isinstance(value, Sequence) or isinstance(value, bytes)):
             raise InvalidRequest(f"{field} must be a sequence, got {value!r}", field=field)
-    return GenerationAsk(
-        prompt=prompt if prompt is None or isinstance(prompt, str) else tuple(prompt),
-        messages=None if messages is None else tuple(messages),
-        chat=chat,
-        model=model,
-        sampling=sampling,
-        timeout_s=timeout_s,
-        request_id=request_id or uuid4().hex,
-        cache_salt=cache_salt,
-        decode_text=decode_text,
-    )
+        if value is not None and (field != "prompt" or not isinstance(value, str)):
+            lists[field] = tuple(value)
+    if isinstance(options.get("stop"), str):
+        raise InvalidRequest("stop must be a sequence of strings", field="stop")
+    given: dict[str, Any] = {**options, **lists}
+    given["request_id"] = given.get("request_id") or uuid4().hex
+    return GenerationAsk(**given)
 
 
 class ModelSource(Protocol):
@@ -135,10 +167,10 @@ class ModelSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PreparedCall:
-    """What goes to a router, and what turns its answer into text (None: nothing does)."""
+    """What goes to a router, and what turns its answer into text."""
 
     call: GenerateCall
-    detokenizer: Detokenizer | None
+    output_text: OutputText
 
 
 async def prepare_call(ask: GenerationAsk, models: ModelSource) -> PreparedCall:
@@ -158,8 +190,16 @@ async def prepare_call(ask: GenerationAsk, models: ModelSource) -> PreparedCall:
         model, hidden_ids = info.name, hidden_ids + info.eos_token_ids
     token_ids = await _prompt_token_ids(ask, tokenizer)
     request = TokenRequest(token_ids, len(token_ids), _with_seed(ask.sampling), ask.cache_salt)
-    detokenizer = tokenizer.detokenizer(hidden_ids=hidden_ids) if tokenizer and ask.decode_text else None
-    return PreparedCall(GenerateCall(ask.request_id, model, request, ask.timeout_s), detokenizer)
+    detokenizer = None
+    if tokenizer and ask.decode_text:
+        detokenizer = tokenizer.detokenizer(
+            hidden_ids=hidden_ids, skip_special_tokens=ask.skip_special_tokens
+        )
+    stops = None
+    if ask.stop:
+        stops = StopStrings(ask.stop, include_stop=ask.include_stop, min_tokens=ask.sampling.min_tokens)
+    call = GenerateCall(ask.request_id, model, request, ask.timeout_s)
+    return PreparedCall(call, OutputText(detokenizer, stops))
 
 
 async def _prompt_token_ids(ask: GenerationAsk, tokenizer: ModelTokenizer | None) -> tuple[int, ...]:
@@ -168,8 +208,7 @@ async def _prompt_token_ids(ask: GenerationAsk, tokenizer: ModelTokenizer | None
     field = "messages" if ask.prompt is None else "prompt"
     if tokenizer is None:
         raise InvalidRequest(f"{field} is text, but the model has no tokenizer; send token ids", field=field)
-    num_chars = len(ask.prompt or "") + sum(len(message["content"]) for message in ask.messages or ())
-    if num_chars > _LONG_TEXT_CHARS:
+    if _num_chars(ask) > _LONG_TEXT_CHARS:
         token_ids = await asyncio.to_thread(_encode, ask, tokenizer)
     else:
         token_ids = _encode(ask, tokenizer)
@@ -180,9 +219,21 @@ async def _prompt_token_ids(ask: GenerationAsk, tokenizer: ModelTokenizer | None
     return token_ids
 
 
+def _num_chars(ask: GenerationAsk) -> int:
+    """About how much there is to tokenize."""
+    texts = [message.get("content") for message in ask.messages or ()]
+    num_chars = len(ask.prompt or "") + sum(len(text) for text in texts if isinstance(text, str))
+    return num_chars + (_LONG_TEXT_CHARS if ask.tools else 0)
+
+
 def _encode(ask: GenerationAsk, tokenizer: ModelTokenizer) -> tuple[int, ...]:
     if ask.messages is not None:
-        return tokenizer.encode_chat(ask.messages)
+        return tokenizer.encode_chat(
+            ask.messages,
+            tools=ask.tools,
+            add_generation_prompt=ask.add_generation_prompt,
+            variables=ask.template_variables,
+        )
     assert isinstance(ask.prompt, str)
     if ask.chat:
         return tokenizer.encode_chat([{"role": "user", "content": ask.prompt}])
@@ -220,15 +271,18 @@ def check_token_ids(token_ids: Sequence[int], field: str) -> None:
             )
 
 
-def _check_messages(messages: tuple[Mapping[str, str], ...]) -> None:
+def check_messages(messages: Sequence[Mapping[str, object]]) -> None:
+    """Turns with a role and words; those of the assistant may hold tool calls instead. Raises, naming the
+    field."""
     if not messages:
         raise InvalidRequest("messages must hold at least one message", field="messages")
     for index, message in enumerate(messages):
         field = f"messages[{index}]"
         if not isinstance(message, Mapping):
             raise InvalidRequest(f"{field} must be a mapping with role and content", field=field)
-        for key in ("role", "content"):
-            check_text(message.get(key), f"{field}.{key}")
+        check_text(message.get("role"), f"{field}.role")
+        if message.get("content") is not None or not message.get("tool_calls"):
+            check_text(message.get("content"), f"{field}.content")
 
 
 def _too_long(num_tokens: int, field: str) -> ContextLengthExceeded:

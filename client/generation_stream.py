@@ -40,6 +40,12 @@ class GenerationStream:
         return tuple(progress.token_ids) if progress else ()
 
     @property
+    def prompt_token_ids(self) -> tuple[int, ...]:
+        """The prompt as the model is shown it; empty before the first read."""
+        progress = self._generation.progress
+        return progress.call.request.token_ids if progress else ()
+
+    @property
     def result(self) -> GenerationResult:
         """The whole answer.
 

@@ -11,7 +11,8 @@ from typing import Final
 from tokenizers import Tokenizer
 
 from kvrelay.client.chat_template import ChatTemplate
-from kvrelay.client.detokenizer import Detokenizer
+from kvrelay.client.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
+from kvrelay.client.token_bytes import TokenBytes
 from kvrelay.core.errors import InvalidRequest, KVRelayError
 
 MAX_UNPACKED_BYTES: Final = 512 << 20
@@ -44,6 +45,7 @@ class ModelTokenizer:
             token_id for token_id, token in self.tokenizer.get_added_tokens_decoder().items() if token.special
         )
         self._byte_ids = self._find_byte_ids(content["tokenizer"])
+        self._token_bytes = TokenBytes(self.tokenizer, _decoder_of(content["tokenizer"]))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Token ids of `text`; `add_special_tokens` adds what the model wants around it (a BOS, mostly)."""
@@ -75,18 +77,35 @@ class ModelTokenizer:
         """Text of a whole token sequence."""
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
-    def detokenizer(self, *, hidden_ids: Collection[int] = ()) -> Detokenizer:
-        """A fresh incremental decoder, for one output; special tokens and `hidden_ids` are not shown."""
-        return Detokenizer(
-            self.tokenizer.decode, hidden_ids=self._special_ids.union(hidden_ids), byte_ids=self._byte_ids
-        )
+    def detokenizer(
+        self, *, hidden_ids: Collection[int] = (), skip_special_tokens: bool = True
+    ) -> Detokenizer:
+        """A fresh incremental decoder, for one output; `hidden_ids` are not shown, and special tokens only
+        without `skip_special_tokens`."""
+        hidden = frozenset(hidden_ids)
+        if skip_special_tokens:
+            hidden |= self._special_ids
+        if self._token_bytes.is_byte_level:
+            return ByteDetokenizer(self._token_bytes, hidden_ids=hidden)
+
+        def decode(token_ids: list[int]) -> str:
+            return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+        return WindowDetokenizer(decode, hidden_ids=hidden, byte_ids=self._byte_ids)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for; empty for an id that the vocabulary does not have."""
+        return self._token_bytes[token_id]
 
     def _find_byte_ids(self, tokenizer: object) -> frozenset[int]:
-        decoder = tokenizer.get("decoder") if isinstance(tokenizer, dict) else None
-        if '"ByteFallback"' not in json.dumps(decoder):
+        if '"ByteFallback"' not in json.dumps(_decoder_of(tokenizer)):
             return frozenset()
         vocab = self.tokenizer.get_vocab(with_added_tokens=True)
         return frozenset(token_id for token, token_id in vocab.items() if _BYTE_TOKEN.fullmatch(token))
+
+
+def _decoder_of(tokenizer: object) -> object:
+    return tokenizer.get("decoder") if isinstance(tokenizer, dict) else None
 
 
 def _unpack(bundle: bytes) -> dict[str, object]:

@@ -29,7 +29,8 @@ class GenerationResult:
     `ttft_s`: from the first use of the stream (before the prompt is tokenized) to the first token's arrival.
     `itl_s`: the gap before each further token, so one entry less than tokens; tokens that came in one
     message have gaps of 0. `num_retries` counts new attempts before the first token, `num_continuations`
-    those after it. `router` is the address that served the end.
+    those after it. `router` is the address that served the end. `stop_text` is the stop string that the
+    answer met; None: it ended otherwise.
     """
 
     request_id: str
@@ -44,3 +45,4 @@ class GenerationResult:
     num_retries: int
     num_continuations: int
     router: str
+    stop_text: str | None = None

@@ -40,6 +40,7 @@ class Session:
         self._mailboxes: dict[int, Mailbox] = {}
         self._calls: dict[int, GenerateCall] = {}
         self._cancels: list[int] = []
+        self._finishes: list[int] = []
         self._next_stream_id = 1
         self._news = asyncio.Event()
         self._is_closed = False
@@ -72,6 +73,13 @@ class Session:
             self._cancels.append(stream_id)
             self._news.set()
 
+    def finish(self, stream_id: int) -> None:
+        """Tell the router that the caller has all it wants; the call's end still comes. No effect on one
+        that has ended."""
+        if stream_id in self._mailboxes:
+            self._finishes.append(stream_id)
+            self._news.set()
+
     async def close(self) -> None:
         """End the stream, which cancels its calls at the router. Their readers get `RequestCancelled`."""
         self._end(AttemptFailed(RequestCancelled("the client was closed"), is_final=True))
@@ -92,7 +100,7 @@ class Session:
                     await self._call.write(encode_session_ask(ask))
 
     def _next_ask(self) -> SessionAsk | None:
-        if not self._calls and not self._cancels:
+        if not self._calls and not self._cancels and not self._finishes:
             return None
         taken: list[tuple[int, GenerateCall]] = []
         num_bytes = 0
@@ -104,7 +112,8 @@ class Session:
         for stream_id, _ in taken:
             del self._calls[stream_id]
         cancels, self._cancels = tuple(self._cancels), []
-        return SessionAsk(tuple(taken), cancels)
+        finishes, self._finishes = tuple(self._finishes), []
+        return SessionAsk(tuple(taken), cancels, finishes)
 
     # ---- in -------------------------------------------------------------------------------------
 
@@ -156,6 +165,7 @@ class Session:
         mailboxes, self._mailboxes = self._mailboxes, {}
         self._calls.clear()
         self._cancels.clear()
+        self._finishes.clear()
         self._news.set()
         for mailbox in mailboxes.values():
             mailbox.put_end(end)

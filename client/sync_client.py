@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Self
+from typing import Self, Unpack
 
 from kvrelay.client.async_client import DEFAULT_ADDRESS, DEFAULT_CONFIG, AsyncClient
 from kvrelay.client.config import ClientConfig
-from kvrelay.client.generation_ask import DEFAULT_SAMPLING
+from kvrelay.client.generation_ask import AskOptions
 from kvrelay.client.generation_stream import GenerationStream
 from kvrelay.client.loop_thread import LoopThread
 from kvrelay.client.model_tokenizer import ModelTokenizer
 from kvrelay.client.results import GenerationChunk, GenerationResult
 from kvrelay.core.cluster_view import ClusterState, ModelInfo
 from kvrelay.core.errors import RequestCancelled
-from kvrelay.core.sampling import SamplingParams
 
 
 class Client:
@@ -52,59 +51,16 @@ class Client:
         return self._client.addresses
 
     def generate(
-        self,
-        prompt: str | Sequence[int] | None = None,
-        *,
-        messages: Sequence[Mapping[str, str]] | None = None,
-        chat: bool = False,
-        model: str = "",
-        sampling: SamplingParams = DEFAULT_SAMPLING,
-        timeout_s: float | None = None,
-        request_id: str = "",
-        cache_salt: bytes = b"",
-        decode_text: bool = True,
+        self, prompt: str | Sequence[int] | None = None, **options: Unpack[AskOptions]
     ) -> BlockingStream:
         """The answer as it comes; see `AsyncClient.generate`."""
-        stream = self._client.generate(
-            prompt,
-            messages=messages,
-            chat=chat,
-            model=model,
-            sampling=sampling,
-            timeout_s=timeout_s,
-            request_id=request_id,
-            cache_salt=cache_salt,
-            decode_text=decode_text,
-        )
-        return BlockingStream(stream, self._thread)
+        return BlockingStream(self._client.generate(prompt, **options), self._thread)
 
     def complete(
-        self,
-        prompt: str | Sequence[int] | None = None,
-        *,
-        messages: Sequence[Mapping[str, str]] | None = None,
-        chat: bool = False,
-        model: str = "",
-        sampling: SamplingParams = DEFAULT_SAMPLING,
-        timeout_s: float | None = None,
-        request_id: str = "",
-        cache_salt: bytes = b"",
-        decode_text: bool = True,
+        self, prompt: str | Sequence[int] | None = None, **options: Unpack[AskOptions]
     ) -> GenerationResult:
         """The whole answer at once; see `AsyncClient.complete`."""
-        return self._thread.run(
-            lambda: self._client.complete(
-                prompt,
-                messages=messages,
-                chat=chat,
-                model=model,
-                sampling=sampling,
-                timeout_s=timeout_s,
-                request_id=request_id,
-                cache_salt=cache_salt,
-                decode_text=decode_text,
-            )
-        )
+        return self._thread.run(lambda: self._client.complete(prompt, **options))
 
     def cancel(self, request_id: str) -> None:
         """Cancel a request by its id; see `AsyncClient.cancel`."""

@@ -29,7 +29,7 @@ def encode_session_ask(ask: SessionAsk) -> router_pb2.SessionRequest:
     for stream_id, call in ask.calls:
         assert isinstance(call, GenerateCall), "an error can't be asked for"
         generate.append(router_pb2.SessionGenerate(stream_id=stream_id, request=encode_generate(call)))
-    return router_pb2.SessionRequest(generate=generate, cancel=ask.cancel)
+    return router_pb2.SessionRequest(generate=generate, cancel=ask.cancel, finish=ask.finish)
 
 
 def decode_session_ask(pb: router_pb2.SessionRequest) -> SessionAsk:
@@ -44,7 +44,7 @@ def decode_session_ask(pb: router_pb2.SessionRequest) -> SessionAsk:
             field="generate",
         )
     calls = tuple((entry.stream_id, _call_or_error(entry)) for entry in pb.generate)
-    return SessionAsk(calls, tuple(pb.cancel))
+    return SessionAsk(calls, tuple(pb.cancel), tuple(pb.finish))
 
 
 def _call_or_error(entry: router_pb2.SessionGenerate) -> GenerateCall | KVRelayError:

@@ -57,13 +57,15 @@ CallEvent = CallAccepted | CallTokens | CallFinished
 
 @dataclass(frozen=True, slots=True)
 class SessionAsk:
-    """What a client says in one session message: new calls by stream id, and stream ids to cancel.
+    """What a client says in one session message: new calls by stream id, and stream ids to cancel or to
+    finish (their clients have all they want).
 
     A call that could not be decoded stands here as the error that its stream is to be failed with.
     """
 
     calls: tuple[tuple[int, GenerateCall | KVRelayError], ...] = ()
     cancel: tuple[int, ...] = ()
+    finish: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable
 from contextlib import suppress
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -73,7 +73,7 @@ async def wait_gone(receive: Receive) -> None:
         pass
 
 
-async def end_tasks(*tasks: asyncio.Future[object]) -> None:
+async def end_tasks(*tasks: asyncio.Future[Any]) -> None:
     """Cancel and await; no outcome goes unread."""
     for task in tasks:
         task.cancel()

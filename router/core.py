@@ -14,7 +14,7 @@ from random import Random
 from kvrelay.core.errors import KVRelayError
 from kvrelay.core.ids import AttemptId, RequestId
 from kvrelay.core.node_messages import TokenBatch
-from kvrelay.core.request import TokenRequest, check_fits_model
+from kvrelay.core.request import FinishReason, TokenRequest, check_fits_model
 from kvrelay.core.sampling import MAX_SEED
 from kvrelay.router.admission import AdmissionQueue, check_names, completed_reason, deadline_of, find_model
 from kvrelay.router.cluster_state import ClusterState, NodeState, description_fault
@@ -27,6 +27,7 @@ from kvrelay.router.events import (
     NodeLost,
     NodeReported,
     RequestCancelled,
+    RequestSatisfied,
     RequestSubmitted,
     SessionClosed,
     Ticked,
@@ -73,6 +74,8 @@ class RouterCore:
                 self._on_ticked(now_s)
             case RequestCancelled():
                 self._on_request_cancelled(event, now_s)
+            case RequestSatisfied():
+                self._on_request_satisfied(event, now_s)
             case SessionClosed():
                 self._on_session_closed(event, now_s)
             case NodeAttached():
@@ -164,6 +167,11 @@ class RouterCore:
         entry = self._ledger.requests.get(event.request_id)
         if entry is not None:
             self._life.cancel(entry, now_s)
+
+    def _on_request_satisfied(self, event: RequestSatisfied, now_s: float) -> None:
+        entry = self._ledger.requests.get(event.request_id)
+        if entry is not None:
+            self._life.finish(entry, FinishReason.STOP, now_s)
 
     def _on_session_closed(self, event: SessionClosed, now_s: float) -> None:
         for entry in list(self._ledger.streams.get(event.session, {}).values()):

@@ -69,6 +69,13 @@ class RequestCancelled:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestSatisfied:
+    """Its client has all it wants, since the text met a stop string: it ends as finished."""
+
+    request_id: RequestId
+
+
+@dataclass(frozen=True, slots=True)
 class SessionClosed:
     """The client went away: all its requests are cancelled, and nothing more is delivered."""
 
@@ -80,7 +87,16 @@ class Ticked:
     """Time passed: deadlines and queue time-outs are checked. Sent several times a second."""
 
 
-Event = NodeAttached | NodeLost | NodeReported | RequestSubmitted | RequestCancelled | SessionClosed | Ticked
+Event = (
+    NodeAttached
+    | NodeLost
+    | NodeReported
+    | RequestSubmitted
+    | RequestCancelled
+    | RequestSatisfied
+    | SessionClosed
+    | Ticked
+)
 
 
 # ---- effects ---------------------------------------------------------------------------------------

@@ -68,6 +68,8 @@ class GenerateService:
                     self._shell.submit(session, stream_id, call)
                 for stream_id in ask.cancel:
                     self._shell.cancel_stream(session, stream_id)
+                for stream_id in ask.finish:
+                    self._shell.finish_stream(session, stream_id)
                 await session.outbox.has_room_for_calls()
         finally:
             session.outbox.close()

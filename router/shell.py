@@ -38,6 +38,7 @@ from kvrelay.router.events import (
     NodeLost,
     NodeReported,
     RequestCancelled,
+    RequestSatisfied,
     SendCommand,
     SessionClosed,
     Ticked,
@@ -166,6 +167,12 @@ class RouterShell:
         request_id = session.streams.get(stream_id)
         if request_id is not None:
             self.dispatch(RequestCancelled(request_id))
+
+    def finish_stream(self, session: ClientSession, stream_id: int) -> None:
+        """The client has all it wants of one request; no-op if it has ended."""
+        request_id = session.streams.get(stream_id)
+        if request_id is not None:
+            self.dispatch(RequestSatisfied(request_id))
 
     def cancel_request(self, request_id: str) -> None:
         """Cancel a request of any session.

@@ -126,7 +126,7 @@ class ChatBody(SamplingBody):
     # Accepted, since their only sound values change nothing here.
     store: Literal[False] = False
     service_tier: Literal["auto", "default"] = "auto"
-    modalities: list[Literal["text"]] = Field(default_factory=lambda: ["text"], max_length=1)
+    modalities: list[Literal["text"]] = Field(default=["text"], max_length=1)
 
     @model_validator(mode="after")
     def _fits_together(self) -> ChatBody:

@@ -21,9 +21,8 @@ class OneCallParser:
     def _kept(self, events: list[ToolEvent]) -> list[ToolEvent]:
         kept: list[ToolEvent] = []
         for event in events:
-            is_first = isinstance(event, CallStarted) and not self._has_call
-            self._has_call = self._has_call or is_first
-            is_words = isinstance(event, Text)
-            if is_first or (is_words and not self._has_call) or (not is_words and event.index == 0):
+            self._has_call = self._has_call or isinstance(event, CallStarted)
+            is_wanted = not self._has_call if isinstance(event, Text) else event.index == 0
+            if is_wanted:
                 kept.append(event)
         return kept

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvrelay.client.detokenizer import Detokenizer
+from kvrelay.client.detokenizer import WindowDetokenizer
 
 SHARED = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=200
@@ -21,14 +21,14 @@ def split(tokens: list[int], cuts: list[int]) -> list[list[int]]:
     return [tokens[start:end] for start, end in itertools.pairwise(edges)]
 
 
-def stream(detokenizer: Detokenizer, chunks: list[list[int]]) -> list[str]:
+def stream(detokenizer: WindowDetokenizer, chunks: list[list[int]]) -> list[str]:
     return [*(detokenizer.push(chunk) for chunk in chunks), detokenizer.flush()]
 
 
-def of_tokenizer(tokenizer: Any) -> Detokenizer:
+def of_tokenizer(tokenizer: Any) -> WindowDetokenizer:
     special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     byte_ids = {i for token, i in tokenizer.get_vocab().items() if token.startswith("<0x")}
-    return Detokenizer(tokenizer.decode, hidden_ids=frozenset(special), byte_ids=frozenset(byte_ids))
+    return WindowDetokenizer(tokenizer.decode, hidden_ids=frozenset(special), byte_ids=frozenset(byte_ids))
 
 
 @SHARED
@@ -100,7 +100,7 @@ def test_the_cost_of_a_token_does_not_grow_with_the_output(
         return str(byte_level_tokenizer.decode(tokens))
 
     broken = byte_level_tokenizer.encode("🦊").ids[1]
-    detokenizer = Detokenizer(decode)
+    detokenizer = WindowDetokenizer(decode)
     parts = stream(detokenizer, [[broken]] * num_tokens)
     assert "".join(parts) == "\ufffd" * num_tokens
     assert longest < 40

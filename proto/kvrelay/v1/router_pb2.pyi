@@ -104,12 +104,14 @@ class Failed(_message.Message):
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., field: _Optional[str] = ..., retry_after_s: _Optional[float] = ..., retryable: _Optional[bool] = ...) -> None: ...
 
 class SessionRequest(_message.Message):
-    __slots__ = ("generate", "cancel")
+    __slots__ = ("generate", "cancel", "finish")
     GENERATE_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
+    FINISH_FIELD_NUMBER: _ClassVar[int]
     generate: _containers.RepeatedCompositeFieldContainer[SessionGenerate]
     cancel: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, generate: _Optional[_Iterable[_Union[SessionGenerate, _Mapping]]] = ..., cancel: _Optional[_Iterable[int]] = ...) -> None: ...
+    finish: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, generate: _Optional[_Iterable[_Union[SessionGenerate, _Mapping]]] = ..., cancel: _Optional[_Iterable[int]] = ..., finish: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class SessionGenerate(_message.Message):
     __slots__ = ("stream_id", "request")
