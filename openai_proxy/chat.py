@@ -90,7 +90,8 @@ class ChatAsk:
             return wanted
         if wanted is not None:
             raise bad_request("tool_choice can't force a call and response_format the answer", "tool_choice")
-        return forced_calls(functions, self.prompt.format, may_repeat=body.parallel_tool_calls)
+        may_repeat = body.parallel_tool_calls and body.tool_choice == "required"
+        return forced_calls(functions, self.prompt.format, may_repeat=may_repeat)
 
     def _forced_functions(self) -> list[Function]:
         """Those of which the model has to call one; none: it is free."""

@@ -108,8 +108,12 @@ def _param(field: str | None, params: Mapping[str, str]) -> str | None:
 
 
 def from_validation(faults: Sequence[Mapping[str, Any]]) -> ApiError:
-    """The first of pydantic's faults, with the field's path as OpenAI writes it: ``messages[0].role``."""
-    fault = faults[0]
+    """The first of pydantic's faults, with the field's path as OpenAI writes it: ``messages[0].role``.
+
+    Where a field may be one of several things, the one that was understood furthest is meant.
+    """
+    same_field = [fault for fault in faults if fault.get("loc", ())[:2] == faults[0].get("loc", ())[:2]]
+    fault = max(same_field, key=lambda fault: len(fault.get("loc", ())))
     param = _path(fault.get("loc", ()))
     kind = fault.get("type", "")
     if kind == "json_invalid":
