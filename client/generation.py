@@ -75,11 +75,11 @@ class Generation:
             self._enter()
         while not self.is_over:
             progress = self.progress
-            if self._attempt is None or progress is None:
-                progress = await self._begin_attempt()
-            if self._output_text.stop_text is not None:
+            if progress is not None and self._output_text.stop_text is not None:
                 await self._end_satisfied(progress)
                 return None
+            if self._attempt is None or progress is None:
+                progress = await self._begin_attempt()
             chunk = self._absorb(progress, await self._mailbox.take())
             if chunk is not None:
                 return chunk
