@@ -33,16 +33,29 @@ class ChatEvents:
             KVRelayError: a choice can't be served.
         """
         choices = [_Choice(self, self._ask, index) for index in range(len(streams))]
+        if len(streams) == 1:  # One generator less for every token of most requests.
+            async with streams[0] as stream:
+                async for chunk in stream:
+                    if written := choices[0].add(chunk):
+                        yield written
+            yield choices[0].end(stream)
+        else:
+            async for written in self._of_many(streams, choices):
+                yield written
+        if self._has_usage:
+            usage = usage_of([stream.result for stream in streams])
+            yield event({**self._envelope(), "choices": [], "usage": usage})
+        yield DONE
+
+    async def _of_many(
+        self, streams: Sequence[GenerationStream], choices: Sequence[_Choice]
+    ) -> AsyncGenerator[bytes, None]:
         async with aclosing(read_choices(streams)) as chunks:
             async for index, chunk in chunks:
                 choice = choices[index]
                 written = choice.add(chunk) if chunk is not None else choice.end(streams[index])
                 if written:
                     yield written
-        if self._has_usage:
-            usage = usage_of([stream.result for stream in streams])
-            yield event({**self._envelope(), "choices": [], "usage": usage})
-        yield DONE
 
     def shape(self, index: int, delta: dict[str, Any], **more: Any) -> dict[str, Any]:
         """One event's value."""
