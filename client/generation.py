@@ -60,6 +60,7 @@ class Generation:
         self._attempt: _Attempt | None = None
         self._failure: AttemptFailed | None = None
         self._router = ""
+        self._is_router_well = False
         self._deadline_s: float | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._scope: asyncio.Timeout | None = None
@@ -75,11 +76,11 @@ class Generation:
             self._enter()
         while not self.is_over:
             progress = self.progress
-            if self._attempt is None or progress is None:
-                progress = await self._begin_attempt()
-            if self._output_text.stop_text is not None:
+            if progress is not None and self._output_text.stop_text is not None:
                 await self._end_satisfied(progress)
                 return None
+            if self._attempt is None or progress is None:
+                progress = await self._begin_attempt()
             chunk = self._absorb(progress, await self._mailbox.take())
             if chunk is not None:
                 return chunk
@@ -156,6 +157,7 @@ class Generation:
         session = link.session()
         stream_id = session.start(progress.next_call(self._parts.now_s()), self._mailbox)
         self._attempt = _Attempt(session, stream_id)
+        self._is_router_well = False
 
     async def _recover(self, progress: RequestProgress, failure: AttemptFailed) -> None:
         """Wait until the request may be repeated, or raise what it failed of."""
@@ -185,7 +187,9 @@ class Generation:
             arrivals_s = arrivals_s[:num_taken]
         if token_ids:
             progress.take(token_ids, logprobs, arrivals_s)
-            self._parts.routers.mark_well(self._router)
+            if not self._is_router_well:
+                self._is_router_well = True
+                self._parts.routers.mark_well(self._router)
         if isinstance(end, CallFinished) and not is_satisfied:
             if fault := progress.check_complete(end):
                 end = AttemptFailed(fault, lost_router=True)
