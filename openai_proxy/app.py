@@ -122,7 +122,9 @@ def _add_routes(app: FastAPI) -> None:
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    async def on_api_error(_: Request, error: ApiError) -> Response:
+    async def on_api_error(request: Request, error: ApiError) -> Response:
+        request_id = request.scope["state"]["request_id"]
+        logger.info("request=%s refused param=%s error=%r", request_id, error.param, error.message)
         return JSONResponse(error.body(), error.status, error.headers())
 
     async def on_kvrelay_error(request: Request, error: KVRelayError) -> Response:

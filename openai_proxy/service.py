@@ -73,6 +73,18 @@ class Call:
         )
 
 
+def usage_so_far(streams: Sequence[GenerationStream], num_prompts: int = 1) -> dict[str, Any]:
+    """OpenAI's usage object while answers are under way; what a prefix cache held is not known yet."""
+    firsts = streams[:: max(1, len(streams) // num_prompts)]
+    num_prompt = sum(len(stream.prompt_token_ids) for stream in firsts)
+    num_output = sum(stream.num_tokens for stream in streams)
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_output,
+        "total_tokens": num_prompt + num_output,
+    }
+
+
 def usage_of(results: Sequence[GenerationResult], num_prompts: int = 1) -> dict[str, Any]:
     """OpenAI's usage object: each of `num_prompts` prompts counts once, every output token counts."""
     firsts = results[:: max(1, len(results) // num_prompts)]
