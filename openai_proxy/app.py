@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from kvrelay import __version__
 from kvrelay.client import AsyncClient, ClientConfig
@@ -34,6 +34,7 @@ from kvrelay.openai_proxy.small_endpoints import (
     metrics,
     tokenize,
 )
+from kvrelay.openai_proxy.sse import compact_json
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +126,8 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def on_api_error(request: Request, error: ApiError) -> Response:
         request_id = request.scope["state"]["request_id"]
         logger.info("request=%s refused param=%s error=%r", request_id, error.param, error.message)
-        return JSONResponse(error.body(), error.status, error.headers())
+        content = compact_json(error.body())  # texts of callers are in it, perhaps not valid Unicode
+        return Response(content, error.status, error.headers(), "application/json")
 
     async def on_kvrelay_error(request: Request, error: KVRelayError) -> Response:
         return await on_api_error(request, from_kvrelay(error, PARAMS))

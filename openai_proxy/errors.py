@@ -42,6 +42,8 @@ _PARAM_OF_FIELD: Final = {
     "sampling.grammar": "response_format",
 }
 DEFAULT_RETRY_AFTER_S: Final = 1.0
+MAX_SHOWN_CHARS: Final = 100
+"""Of a field's name that nobody knows."""
 _FIELD_NAME: Final = re.compile(r"[a-z_][a-z0-9_]*")
 _NOT_FIELDS: Final = frozenset({"body", "str", "int", "float", "bool", "dict", "list"})
 """What pydantic puts into a path for the body itself and for the members of a union."""
@@ -119,7 +121,8 @@ def from_validation(faults: Sequence[Mapping[str, Any]]) -> ApiError:
     if kind == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {fault.get('ctx', {}).get('error', '')}", None)
     if kind == "extra_forbidden":
-        return unsupported(param)
+        *outer, name = fault["loc"]
+        return unsupported(".".join(filter(None, (_path(outer), str(name)[:MAX_SHOWN_CHARS]))))
     message = str(fault.get("msg", "is invalid"))
     if kind == "fault":  # a check of several fields names the one at fault itself
         inner = fault["ctx"]["param"]

@@ -15,10 +15,12 @@ CLOSE: Final = "</tool_call>"
 
 
 class HermesParser:
-    """See `kvrelay.openai_proxy.tool_calls.events.ToolParser`."""
+    """See `kvrelay.openai_proxy.tool_calls.events.ToolParser`. Blanks around calls are no words."""
 
     def __init__(self) -> None:
         self._held = ""
+        self._blanks = ""
+        """What is held of the text before `_held`: words may follow it, or a call."""
         self._scanner: CallScanner | None = None
         self._is_closing = False
         self._num_calls = 0
@@ -32,13 +34,15 @@ class HermesParser:
         return events
 
     def finish(self) -> list[ToolEvent]:
-        held, self._held = self._held, ""
-        scanner, self._scanner = self._scanner, None
-        if scanner is not None and not self._is_started:
-            held = OPEN + scanner.raw + held
-        if self._is_closing and not held.strip():
-            held = ""
-        return [Text(held)] if held else []
+        rest = self._blanks
+        if self._scanner is None:
+            rest += "" if self._is_closing else self._held
+        elif not self._is_started:
+            rest += OPEN + self._scanner.raw
+        self._held, self._blanks, self._scanner = "", "", None
+        if self._num_calls and not rest.strip():
+            return []
+        return [Text(rest)] if rest else []
 
     def _advance(self, events: list[ToolEvent]) -> bool:
         """Take one step through what is held; False: more text has to come first."""
@@ -49,38 +53,36 @@ class HermesParser:
         return self._read_text(events)
 
     def _read_text(self, events: list[ToolEvent]) -> bool:
-        before, tag, after = self._held.partition(OPEN)
+        settled, tag, after = self._held.partition(OPEN)
+        if not tag:
+            num_settled = len(settled) - overlap(settled, OPEN)
+            settled, after = settled[:num_settled], settled[num_settled:]
+        words = settled.rstrip()
+        if words:
+            events.append(Text(self._blanks + words))
+            self._blanks = ""
+        self._blanks += settled[len(words) :]
+        self._held = after
         if tag:
-            self._held, self._scanner, self._is_started = after, CallScanner(), False
-            _add_text(events, before.rstrip() if self._num_calls or not before.strip() else before)
-            return True
-        num_held = overlap(self._held, OPEN)
-        settled = self._held[: len(self._held) - num_held]
-        if self._num_calls and not settled.strip():  # Blanks between calls are no words.
-            return False
-        self._held = self._held[len(settled) :]
-        _add_text(events, settled)
-        return False
+            self._scanner, self._is_started = CallScanner(), False
+        return bool(tag)
 
     def _read_call(self, scanner: CallScanner, events: list[ToolEvent]) -> bool:
         self._held = scanner.push(self._held)
-        if scanner.is_broken and not self._is_started:
-            self._scanner = None
-            _add_text(events, OPEN + scanner.raw)
-            return True
-        if scanner.name is not None and not self._is_started:
-            self._is_started = True
+        if not self._is_started and scanner.name is not None:
+            self._is_started, self._blanks = True, ""
             events.append(CallStarted(self._num_calls, scanner.name))
-        if arguments := scanner.take_arguments():
+        if self._is_started and (arguments := scanner.take_arguments()):
             events.append(CallArguments(self._num_calls, arguments))
         if not scanner.is_over:
             return False
+        self._scanner = None
         if self._is_started:
             self._num_calls += 1
             self._is_closing = True
-        else:
-            _add_text(events, OPEN + scanner.raw)
-        self._scanner = None
+        else:  # The tag was words; a call may begin in what followed it.
+            events.append(Text(self._blanks + OPEN))
+            self._blanks, self._held = "", scanner.raw + self._held
         return True
 
     def _read_close(self) -> bool:
@@ -99,8 +101,3 @@ def overlap(text: str, tag: str) -> int:
     return next(
         (size for size in range(min(len(text), len(tag) - 1), 0, -1) if tag.startswith(text[-size:])), 0
     )
-
-
-def _add_text(events: list[ToolEvent], text: str) -> None:
-    if text:
-        events.append(Text(text))

@@ -61,7 +61,7 @@ class LlamaParser:
     def _read_call(self, scanner: CallScanner, events: list[ToolEvent]) -> bool:
         self._held = scanner.push(self._held)
         if not self._is_started and (scanner.is_over or scanner.name is not None):
-            if scanner.is_broken or scanner.name not in self._tool_names:
+            if scanner.name is None or scanner.name not in self._tool_names:
                 self._scanner = None
                 self._turn_to_text(events, scanner.raw)
                 return False

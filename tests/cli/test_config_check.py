@@ -62,3 +62,17 @@ def test_json_of_a_faulty_file_lists_the_faults(invoke: Any, tmp_path: Path) -> 
     assert found["ok"] is False
     (fault,) = found["faults"]
     assert (fault["line"], fault["key"]) == (2, "router.grpc_port")
+
+
+def test_a_proxys_section_is_checked_like_any_other(invoke: Any, tmp_path: Path) -> None:
+    file = tmp_path / "a.toml"
+    file.write_text('[proxy]\nport = 8080\ntool_format = "llama"\n')
+    outcome = invoke("config", "check", str(file))
+    assert outcome.code == 0
+    assert "proxy [proxy]" in outcome.out
+    assert '  proxy.tool_format = "llama"' in outcome.out.splitlines()
+    file.write_text('[proxy]\nworkers = 0\ntool_format = "xml"\nruoters = []\nrequest_timeout_s = 0\n')
+    outcome = invoke("config", "check", str(file))
+    assert outcome.code == 2
+    for what in ("proxy.workers", "proxy.tool_format", "proxy.routers?", "proxy.request_timeout_s"):
+        assert what in outcome.err

@@ -18,6 +18,7 @@ from kvrelay.core.node_messages import Role
 from kvrelay.engine.config import EngineConfig, EngineKind
 from kvrelay.kv_transfer.config import KVTransferConfig
 from kvrelay.node.config import NodeConfig
+from kvrelay.openai_proxy.config import ProxyConfig, ToolFormat
 from kvrelay.router.server_config import RouterConfig
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "deploy" / "examples").glob("*.toml"))
@@ -186,9 +187,16 @@ transport = "tcp"
 routers = ["a:1", "b:2"]
 [cluster]
 decode = 3
+[proxy]
+tool_format = "hermes"
+request_timeout_s = 5
 """
     built = load_config(write(text), {}, (), "decode").built
-    router, engine, transfer, node, cluster = (built[name] for name in SECTIONS)
+    assert set(built) == set(SECTIONS)
+    router, engine, transfer, node, cluster, proxy = (
+        built[name] for name in ("router", "engine", "transfer", "node", "cluster", "proxy")
+    )
+    assert proxy == ProxyConfig(tool_format=ToolFormat.HERMES, request_timeout_s=5.0)
     assert isinstance(router, RouterConfig)
     assert router.core.max_attempts == 2
     assert isinstance(engine, EngineConfig)

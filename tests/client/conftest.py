@@ -55,12 +55,18 @@ class ScriptedCall:
     send: Callable[[SessionUpdate], Awaitable[None]]
     raw: Callable[..., Awaitable[None]]
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
+    satisfied: asyncio.Event = field(default_factory=asyncio.Event)
     num_sent: int = 0
 
     async def wait_cancelled(self) -> None:
         """Until the client has cancelled the call, or its session has ended."""
         async with asyncio.timeout(PATIENCE_S):
             await self.cancelled.wait()
+
+    async def wait_satisfied(self) -> None:
+        """Until the client has said that it has all it wants."""
+        async with asyncio.timeout(PATIENCE_S):
+            await self.satisfied.wait()
 
     async def tokens(self, *token_ids: int, logprobs: list[TokenLogprobs | None] | None = None) -> None:
         self.num_sent += len(token_ids)
@@ -179,6 +185,8 @@ class FakeRouter(router_pb2_grpc.RouterServicer):  # type: ignore[misc]
                         scripts.create_task(self.script(scripted))  # type: ignore[arg-type]
                     for stream_id in ask.cancel:
                         streams[stream_id].cancelled.set()
+                    for stream_id in ask.finish:
+                        streams[stream_id].satisfied.set()
                     await self._changed()
         finally:
             for scripted in streams.values():
@@ -272,7 +280,7 @@ def make_model_fixture() -> Callable[..., ModelInfo]:
     return make_model
 
 
-@pytest.fixture(name="make_bundle")
+@pytest.fixture(scope="session", name="make_bundle")
 def make_bundle_fixture() -> Callable[..., bytes]:
     return make_bundle
 

@@ -199,7 +199,12 @@ def call_tokens(draw):
 
 
 CALL_EVENT = ACCEPTED | FINISHED | call_tokens()
-ASK = st.builds(SessionAsk, some(st.tuples(UINT32, CALL), 3).map(tuple), some(UINT32).map(tuple))
+ASK = st.builds(
+    SessionAsk,
+    some(st.tuples(UINT32, CALL), 3).map(tuple),
+    some(UINT32).map(tuple),
+    some(UINT32).map(tuple),
+)
 
 
 @st.composite

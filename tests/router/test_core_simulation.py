@@ -33,6 +33,7 @@ from kvrelay.router.events import (
     DeliverTokens,
     Event,
     RequestCancelled,
+    RequestSatisfied,
     RequestSubmitted,
     SendCommand,
     SessionClosed,
@@ -58,6 +59,7 @@ class Client:
     output: list[int]
     may_fail_by: set[str]
     end: str = ""
+    is_satisfied: bool = False
 
 
 class World:
@@ -70,6 +72,7 @@ class World:
         self.todo: list[tuple[float, int, Callable[[], None]]] = []
         self.clients: dict[tuple[int, int], Client] = {}
         self.num_steady_steps = 0
+        self.num_satisfied = 0
         rate = self.rng.choice([0.0, 0.02, 0.1])
         self.chances = {"fail": rate / 3, "refuse": rate, "push": rate}
         config = RouterCoreConfig(
@@ -158,9 +161,19 @@ class World:
         if rng.random() < 0.15:
             client.may_fail_by.add("CANCELLED")
             self.after(rng.uniform(0, 0.6), lambda: self.handle(RequestCancelled(RequestId(f"r{number}"))))
+        if rng.random() < 0.15:
+            self.after(rng.uniform(0, 0.6), lambda: self._satisfy(client, RequestId(f"r{number}")))
         self.clients[session, number] = client
         name = RequestId(f"r{number}")
         self.handle(RequestSubmitted(name, SessionId(session), number, "m", request, deadline_s))
+
+    def _satisfy(self, client: Client, name: RequestId) -> None:
+        """Its caller has all it wants: it ends at once, and well."""
+        was_live, client.is_satisfied = not client.end, True
+        self.handle(RequestSatisfied(name))
+        if was_live:
+            assert client.end == "satisfied"
+            self.num_satisfied += 1
 
     def _incident(self) -> None:
         if self.rng.random() < 0.1:
@@ -219,6 +232,10 @@ class World:
         if isinstance(effect, DeliverFailed):
             client.end = effect.error.code
             assert client.end in client.may_fail_by, effect.error
+        elif client.is_satisfied:
+            client.end = "satisfied"
+            assert effect.finish_reason is FinishReason.STOP
+            assert effect.report.num_output_tokens == len(client.output)
         else:
             client.end = "finished"
             assert client.output == client.answer
@@ -257,12 +274,12 @@ def test_without_faults_every_request_is_answered() -> None:
     world.chances = dict.fromkeys(world.chances, 0.0)
     world.run(num_requests=40, num_incidents=0)
     check_end(world)
-    expected_ends = {"finished", "CANCELLED", "DEADLINE_EXCEEDED", "OVERLOADED"}
+    expected_ends = {"finished", "satisfied", "CANCELLED", "DEADLINE_EXCEEDED", "OVERLOADED"}
     assert {client.end for client in world.clients.values()} <= expected_ends
     assert sum(client.end == "finished" for client in world.clients.values()) >= 20
 
 
-def test_the_simulation_meets_continuations_losses_refusals_and_steady_steps() -> None:
+def test_the_simulation_meets_continuations_losses_refusals_steady_steps_and_satisfied_callers() -> None:
     worlds = [play(seed) for seed in range(12)]
     counters = [world.core.status(0.0).counters for world in worlds]
     assert sum(found.num_continuations for found in counters) > 10
@@ -270,3 +287,4 @@ def test_the_simulation_meets_continuations_losses_refusals_and_steady_steps() -
     assert sum(found.num_attempts_refused for found in counters) > 5
     assert sum(found.num_tokens_dropped for found in counters) > 0
     assert sum(world.num_steady_steps for world in worlds) > 500
+    assert sum(world.num_satisfied for world in worlds) > 20

@@ -15,6 +15,7 @@ from kvrelay.core.errors import (
     UnknownModel,
 )
 from kvrelay.core.node_messages import ReleaseKV, Role
+from kvrelay.core.request import FinishReason
 from kvrelay.v1 import router_pb2
 
 
@@ -79,6 +80,36 @@ async def test_cancel_ends_the_named_stream_alone(router, pair, cluster, open_se
     cluster.resume()
     await session.until_ended(2)
     assert 2 in session.finished
+
+
+async def test_finish_ends_the_named_stream_well_and_frees_its_nodes(
+    router, pair, cluster, open_session, call, output
+):
+    cluster.stop_before = "decode"
+    session = open_session(router)
+    await session.ask((1, call((4,))), (2, call()))
+    await session.until_tokens(1, 1)
+    await session.ask(finish=(1, 99))
+    await session.until_ended(1)
+    assert session.finished[1].finish_reason is FinishReason.STOP
+    assert session.finished[1].report.num_output_tokens == 1
+    assert session.tokens[1] == output((4,), 1)
+    await pair[1].next_command(ReleaseKV)
+    cluster.resume()
+    await session.until_ended(2)
+    assert session.tokens[2] == output((1, 2, 3), 8)
+    await router.until_settled()
+    counters = router.server.shell.status().counters
+    assert (counters.num_finished, counters.num_failed) == (2, 0)
+
+
+async def test_a_call_may_be_sent_and_finished_in_one_message(router, pair, cluster, open_session, call):
+    cluster.stop_before = "prefill"
+    session = open_session(router)
+    await session.ask((1, call()), finish=(1,))
+    await session.until_ended(1)
+    assert session.finished[1].report.num_output_tokens == 0
+    await router.until_settled()
 
 
 @pytest.mark.parametrize("how", ["half_close", "cancel"])
