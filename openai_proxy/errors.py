@@ -39,7 +39,6 @@ _OPENAI_CODE: Final = {
 _PARAM_OF_FIELD: Final = {
     "prompt_token_ids": "prompt",
     "sampling.num_logprobs": "top_logprobs",
-    "sampling.grammar": "response_format",
 }
 DEFAULT_RETRY_AFTER_S: Final = 1.0
 _FIELD_NAME: Final = re.compile(r"[a-z_][a-z0-9_]*")
@@ -47,9 +46,12 @@ _NOT_FIELDS: Final = frozenset({"body", "str", "int", "float", "bool", "dict", "
 """What pydantic puts into a path for the body itself and for the members of a union."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class ApiError(Exception):
-    """An answer that is an error. `retry_after_s` becomes the ``Retry-After`` header, in whole seconds."""
+    """An answer that is an error. `retry_after_s` becomes the ``Retry-After`` header, in whole seconds.
+
+    Not frozen: Starlette takes a handled exception's traceback off, and could not.
+    """
 
     status: int
     message: str

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import ValidationError
+
+from kvrelay.openai_proxy.errors import bad_request
 from kvrelay.openai_proxy.schema.chat import ChatBody
 from kvrelay.openai_proxy.schema.responses import (
     FunctionCallItem,
@@ -16,25 +19,34 @@ from kvrelay.openai_proxy.schema.responses import (
 
 
 def as_chat(body: ResponseBody) -> ChatBody:
-    """The same conversation, tools and limits."""
+    """The same conversation, tools and limits.
+
+    Raises:
+        ApiError: the input's items make no sense together.
+    """
+    try:
+        return ChatBody.model_validate(_chat_fields(body))
+    except ValidationError as error:
+        raise bad_request(f"input: {error.errors()[0]['msg']}", "input") from None
+
+
+def _chat_fields(body: ResponseBody) -> dict[str, Any]:
     wants_logprobs = bool(body.include) or body.top_logprobs > 0
     has_choice = bool(body.tools) or body.tool_choice != "auto"
-    return ChatBody.model_validate(
-        {
-            "model": body.model,
-            "messages": _messages(body),
-            "max_completion_tokens": body.max_output_tokens,
-            "temperature": body.temperature,
-            "top_p": body.top_p,
-            "logprobs": wants_logprobs,
-            "top_logprobs": body.top_logprobs if wants_logprobs else None,
-            "tools": [_tool(tool.model_dump()) for tool in body.tools],
-            "tool_choice": _tool_choice(body) if has_choice else None,
-            "parallel_tool_calls": body.parallel_tool_calls,
-            "response_format": _response_format(body),
-            "user": body.user,
-        }
-    )
+    return {
+        "model": body.model,
+        "messages": _messages(body),
+        "max_completion_tokens": body.max_output_tokens,
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "logprobs": wants_logprobs,
+        "top_logprobs": body.top_logprobs if wants_logprobs else None,
+        "tools": [_tool(tool.model_dump()) for tool in body.tools],
+        "tool_choice": _tool_choice(body) if has_choice else None,
+        "parallel_tool_calls": body.parallel_tool_calls,
+        "response_format": _response_format(body),
+        "user": body.user,
+    }
 
 
 def _messages(body: ResponseBody) -> list[dict[str, Any]]:

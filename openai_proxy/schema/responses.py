@@ -77,7 +77,7 @@ class TextFormat(Body):
     """Plain text, any JSON object, or JSON by a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
-    name: str = "answer"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] = "answer"
     description: str = ""
     schema_: Json | None = Field(default=None, alias="schema")
     strict: bool = False
@@ -127,3 +127,12 @@ class ResponseBody(Body):
     background: Literal[False] = False
     truncation: Literal["disabled"] = "disabled"
     service_tier: Literal["auto", "default"] = "auto"
+
+    @model_validator(mode="after")
+    def _choice_is_among_tools(self) -> ResponseBody:
+        choice = self.tool_choice
+        if choice == "required" and not self.tools:
+            raise fault("tool_choice", "may be required only with tools")
+        if isinstance(choice, FunctionChoice) and choice.name not in [tool.name for tool in self.tools]:
+            raise fault("tool_choice", f"names {choice.name!r}, which is not in tools")
+        return self
