@@ -99,7 +99,9 @@ def from_kvrelay(error: KVRelayError, params: Mapping[str, str] | None = None) -
     if status in (429, 503) and retry_after_s is None:
         retry_after_s = DEFAULT_RETRY_AFTER_S
     code = _OPENAI_CODE.get(error.code, error.code.lower())
-    return ApiError(status, error.message, _param(error.field, params or {}), code, retry_after_s)
+    param = _param(error.field, params or {})
+    message = error.message.replace(error.field, param) if error.field and param else error.message
+    return ApiError(status, message, param, code, retry_after_s)
 
 
 def _param(field: str | None, params: Mapping[str, str]) -> str | None:
