@@ -10,7 +10,8 @@ from openai import OpenAI
 
 from .conftest import Ask
 
-SAMPLED = {"temperature": 1.5, "seed": 5, "logprobs": True, "top_logprobs": 3}
+GREEDY = {"logprobs": True, "top_logprobs": 3}
+SAMPLED = {**GREEDY, "temperature": 1.5, "seed": 5}
 """Odd tokens, parts of characters among them."""
 
 
@@ -18,9 +19,7 @@ def _text_of(entries: list[Any]) -> str:
     return b"".join(bytes(entry.bytes) for entry in entries).decode(errors="replace")
 
 
-@pytest.mark.parametrize(
-    "fields", [{"logprobs": True, "top_logprobs": 3}, SAMPLED], ids=["greedy", "sampled"]
-)
+@pytest.mark.parametrize("fields", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_chat_logprobs_have_the_bytes_of_the_text(ask: Ask, ask_streamed: Ask, fields: Any) -> None:
     choice = ask("Écris: 東京 ☂", **fields).choices[0]
     entries = choice.logprobs.content
