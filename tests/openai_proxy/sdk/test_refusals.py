@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 from openai import BadRequestError, NotFoundError, OpenAI
-from openai.resources import Chat
 
 from .conftest import greedy
 
@@ -157,21 +156,20 @@ def test_refusals_leave_the_connection_open_for_the_next_request(up: Any, model:
 
 
 def test_unknown_models_and_paths_are_not_found(client: OpenAI, model: str) -> None:
-    for create in (client.chat.completions.create, client.responses.create, client.completions.create):
-        key, value = {
-            client.chat.completions.create: ("messages", [USER]),
-            client.responses.create: ("input", "x"),
-            client.completions.create: ("prompt", "x"),
-        }[create]
+    asks = (
+        (client.chat.completions.create, {"messages": [USER]}),
+        (client.responses.create, {"input": "x"}),
+        (client.completions.create, {"prompt": "x"}),
+    )
+    for create, fields in asks:
         with pytest.raises(NotFoundError) as refused:
-            create(model="nobody", **{key: value})
+            create(model="nobody", **fields)
         assert (refused.value.param, refused.value.code) == ("model", "model_not_found")
         assert model in refused.value.message
     with pytest.raises(NotFoundError):
         client.models.retrieve("nobody")
     with pytest.raises(NotFoundError):
         client.embeddings.create(model=model, input="x")
-    assert isinstance(client.chat, Chat)
 
 
 def test_models_are_listed_and_retrieved(client: OpenAI, model: str) -> None:

@@ -67,11 +67,10 @@ def test_earlier_output_items_go_on_as_input(respond: Respond, ask: Any) -> None
     question = {"role": "user", "content": QUESTION}
     turns = [question, *first.output, {"role": "user", "content": "Another one?"}]
     chat = [question, {"role": "assistant", "content": first.output_text}, turns[-1]]
-    assert respond(input=turns).output_text == ask(chat).choices[0].message.content
-    given_back = [item.model_dump() for item in first.output]
-    assert (
-        respond(input=[question, *given_back, turns[-1]]).output_text == ask(chat).choices[0].message.content
-    )
+    expected = ask(chat).choices[0].message.content
+    assert respond(input=turns).output_text == expected
+    as_dicts = [question, *(item.model_dump() for item in first.output), turns[-1]]
+    assert respond(input=as_dicts).output_text == expected
 
 
 def test_events_build_the_response(client: OpenAI, fields: dict[str, Any], respond: Respond) -> None:

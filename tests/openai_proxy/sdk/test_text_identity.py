@@ -3,7 +3,6 @@ the same tokens. Tokens are often parts of characters here, and no piece shows a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,17 +14,17 @@ from .conftest import Ask
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 TEXTS = {
-    "latin": "Zażółć gęślą jaźń, œuvre à Besançon, Straße, ıİ, e\u0301",
-    "cyrillic": "Съешь ещё этих мягких булок, Їжак",
-    "greek": "Ξεσκεπάζω την ψυχοφθόρα βδελυγμία ᾧ",
-    "arabic": "نَصٌّ حكيمٌ له سِرٌّ قاطِعٌ ٣٤",
-    "hebrew": "דַּג סקרן שט בים מאוכזב",
-    "devanagari": "ऋषियों को सताने वाले क्षत्रिय",
-    "chinese": "视野无限广，窗外有蓝天 𠮷",
-    "japanese": "いろはにほへと チリヌルヲ 東京",
-    "korean": "다람쥐 헌 쳇바퀴에 타고파",
-    "thai": "เป็นมนุษย์สุดประเสริฐเลิศคุณค่า",
-    "emoji": "👩🏽‍🚀 👨‍👩‍👧‍👦 🏳️‍🌈 🇨🇭 ❤️",
+    "latin": "Zażółć œuvre, ıİ e\u0301",
+    "cyrillic": "Съешь ещё, Їжак",
+    "greek": "Ξεσκεπάζω ᾧ",
+    "arabic": "نَصٌّ حكيمٌ ٣٤",
+    "hebrew": "דַּג סקרן שט",
+    "devanagari": "ऋषियों को क्षत्रिय",
+    "chinese": "视野无限广，𠮷",
+    "japanese": "いろはにチリヌ東京",
+    "korean": "다람쥐 헌 쳇바퀴",
+    "thai": "เป็นมนุษย์สุด",
+    "emoji": "👩🏽‍🚀 👨‍👩‍👧 🏳️‍🌈🇨🇭",
 }
 in_each_script = pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 
@@ -57,7 +56,7 @@ async def test_sampled_text_is_what_hugging_face_decodes(
     ask: Ask, ask_streamed: Ask, kvrelay_client: AsyncClient, hf_tokenizer: Any, text: str
 ) -> None:
     question = f"Continue: {text}"
-    own = await kvrelay_client.generate(
+    own = await kvrelay_client.complete(
         messages=[{"role": "user", "content": question}],
         sampling=SamplingParams(max_tokens=24, temperature=1.5, seed=9),
     )
@@ -79,9 +78,8 @@ async def test_random_tokens_are_what_hugging_face_decodes(
     seed: int,
 ) -> None:
     """So hot that any token may come, special ones and lone bytes too."""
-    own = await kvrelay_client.generate(
+    own = await kvrelay_client.complete(
         "Noise:",
-        model=model,
         sampling=SamplingParams(max_tokens=32, temperature=50.0, seed=seed, ignore_eos=True),
     )
     expected = hf_tokenizer.decode(
@@ -108,7 +106,7 @@ def test_an_echoed_prompt_comes_as_it_was_sent(client: OpenAI, model: str, text:
 
 @in_each_script
 def test_stop_strings_in_any_script_end_the_text(ask_streamed: Ask, text: str) -> None:
-    stop = text[6:9]
+    stop = text[4:6]
     streamed = ask_streamed(
         "Say it.",
         extra_body={"structured_outputs": {"choice": [text]}},
