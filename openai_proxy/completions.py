@@ -93,7 +93,9 @@ async def completions(body: CompletionBody, request: Request) -> Response:
     Raises:
         ApiError, KVRelayError: before anything is answered.
     """
-    ask = await _understand(body, Call.of(request))
+    call = Call.of(request)
+    call.params |= {"sampling.num_logprobs": "logprobs", "sampling.grammar": "structured_outputs"}
+    ask = await _understand(body, call)
     streams = ask.streams()
     if body.stream:
         return await stream_answer(request, _events(ask, streams))
