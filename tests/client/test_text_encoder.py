@@ -170,6 +170,16 @@ def test_a_conversation_that_grew_is_quick_where_its_beginning_is_known() -> Non
     assert encoder.encode_if_quick(grown + "x" * (QUICK_CHARS + 1), add_special_tokens=False) is None
 
 
+def test_parts_are_found_again_also_where_a_bos_is_added() -> None:
+    tokenizer = BY_PARTS["llama-3-like"]
+    encoder = make_encoder(tokenizer)
+    text = f"{'the fox ' * 200}<|im_end|>and"
+    expected = tuple(tokenizer.encode(text).ids)
+    assert encoder.encode(text, add_special_tokens=True) == expected
+    assert encoder.encode_if_quick(text, add_special_tokens=True) == expected
+    assert expected[0] == tokenizer.token_to_id("<s>")
+
+
 def test_many_small_parts_are_not_quick() -> None:
     encoder = make_encoder(BY_PARTS["nfc"])
     text = "<s>" * 2000
