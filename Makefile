@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo up test lint types imports proto proto-check unit bench clean
+.PHONY: help setup demo up test lint types imports proto proto-check unit bench test-load clean
 .DEFAULT_GOAL := help
 
 help: ## This text
@@ -59,5 +59,16 @@ unit: $(STAMP) ## pytest
 bench: $(STAMP) ## The benchmarks; each prints what it compares with, measured in the same run
 	$(BIN)/python -m benchmarks.run_all
 
+LOAD_STAMP := .venv-load/.installed
+
+$(LOAD_STAMP): Makefile
+	@$(PYTHON) -m venv .venv-load
+	.venv-load/bin/python -m pip install -q '$(TORCH)'
+	.venv-load/bin/python -m pip install -q 'guidellm>=0.8,<0.9'
+	@touch $(LOAD_STAMP)
+
+test-load: $(STAMP) $(LOAD_STAMP) ## An independent load tool (guidellm) against a whole cluster: no request may fail
+	$(BIN)/python -m benchmarks.load_tool --guidellm .venv-load/bin/guidellm
+
 clean: ## Remove .venv and caches (not the model in ~/.cache/kvrelay)
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-load build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import re
+import sys
 import time
 from pathlib import Path
 from typing import cast
@@ -28,6 +30,8 @@ class Reader(asyncio.Protocol):
         self._request = request
         self._transport: asyncio.Transport | None = None
         self._is_first = True
+        self._is_whole = False
+        self._num_bytes_left = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -35,12 +39,21 @@ class Reader(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._is_first:
-            self._is_first = False
-            self._counts.num_failed += not data.startswith(b"HTTP/1.1 200")
+            self._begin(data)
+        self._num_bytes_left -= len(data)
         self._counts.num_events += data.count(b"data: ")
-        if data.endswith(b"0\r\n\r\n"):  # The last chunk of a chunked answer.
+        if self._num_bytes_left <= 0 if self._is_whole else data.endswith(b"0\r\n\r\n"):
             self._counts.num_answers += 1
             self._ask()
+
+    def _begin(self, data: bytes) -> None:
+        self._is_first = False
+        head, _, _ = data.partition(b"\r\n\r\n")
+        if not head.startswith(b"HTTP/1.1 200"):
+            self._counts.fail(data)
+        found = re.search(rb"content-length: (\d+)", head)
+        self._is_whole = found is not None
+        self._num_bytes_left = len(head) + 4 + int(found[1]) if found else 0
 
     def _ask(self) -> None:
         assert self._transport is not None
@@ -57,6 +70,12 @@ class Counts:
 
     def __init__(self) -> None:
         self.num_events = self.num_answers = self.num_failed = 0
+
+    def fail(self, data: bytes) -> None:
+        """An answer that is none; the first is shown."""
+        self.num_failed += 1
+        if self.num_failed == 1:
+            print(data[:500], file=sys.stderr)
 
 
 async def read_streams(args: argparse.Namespace) -> dict[str, float]:

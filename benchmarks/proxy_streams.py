@@ -35,8 +35,9 @@ def cpu_s(pid: int) -> float:
 
 
 def completion_body(max_tokens: int, *, stream: bool) -> bytes:
-    """A completions request of token ids: `sim` nodes have no tokenizer."""
-    body = {"prompt": list(range(5, 69)), "max_tokens": max_tokens, "ignore_eos": True, "stream": stream}
+    """A chat request."""
+    messages = [{"role": "user", "content": "Name three rivers, and say where each of them ends. " * 4}]
+    body = {"messages": messages, "max_tokens": max_tokens, "ignore_eos": True, "stream": stream}
     return json.dumps(body).encode()
 
 
@@ -72,7 +73,7 @@ def measure(
 def record_events(address: str) -> list[str]:
     """One whole streamed answer, an event a line, in hex."""
     request = urllib.request.Request(
-        f"http://{address}/v1/completions",
+        f"http://{address}/v1/chat/completions",
         completion_body(MAX_TOKENS, stream=True),
         {"content-type": "application/json"},
     )
@@ -90,6 +91,7 @@ def proxy_over_sim(step_ms: float, max_streams: int) -> Iterator[LocalService]:
         flags = [
             f"--router={address}",
             "--model=sim",
+            "--tokenizer=smollm2",
             "--log-level=warning",
             f"--num-blocks={(max_streams + 8) * (MAX_TOKENS // 16 + 8)}",
             f"--max-num-seqs={max_streams + 8}",
@@ -132,13 +134,16 @@ def run(args: argparse.Namespace, step_ms: float) -> dict[str, Figures]:
         with bare_app(events, step_ms) as bare:
             for streams in args.streams:
                 for who, service in (("proxy", proxy), ("bare", bare)):
-                    found = measure(service, folder, "/v1/completions", streamed, streams, args.seconds)
+                    found = measure(service, folder, "/v1/chat/completions", streamed, streams, args.seconds)
                     rows[f"{who}, {streams} streams"] = found
         if step_ms == 0:
             whole = completion_body(1, stream=False)
             with bare_app(events[:1], 0) as bare:
                 for streams in args.streams:
-                    for who, service, path in (("proxy", proxy, "/v1/completions"), ("bare", bare, "/whole")):
+                    for who, service, path in (
+                        ("proxy", proxy, "/v1/chat/completions"),
+                        ("bare", bare, "/whole"),
+                    ):
                         found = measure(service, folder, path, whole, streams, args.seconds)
                         rows[f"{who}, {streams} callers, one token"] = found
     return rows

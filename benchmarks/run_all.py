@@ -20,6 +20,7 @@ BENCHMARKS = (
     "router_session",
     "proxy_streams",
     "router_core",
+    "client_tokenize",
     "footprint",
 )
 

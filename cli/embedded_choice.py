@@ -21,14 +21,18 @@ def is_embedded(config: EngineConfig) -> bool:
 def with_embedded_model(
     config: EngineConfig, on_progress: Callable[[float, str], None] | None = None
 ) -> EngineConfig:
-    """`config` with a folder in place of ``smollm2``; any other model is left as it is.
+    """`config` with a folder in place of ``smollm2``, as model and as tokenizer; others are left as they are.
 
     Raises:
         ConfigError: the embedded model can't be had.
     """
-    if not is_embedded(config):
+    if not is_embedded(config) and config.tokenizer != DEFAULT_MODEL:
         return config
     from kvrelay.engine.embedded_model import ensure_smollm2
 
-    folder = ensure_smollm2(on_progress=on_progress)
-    return replace(config, model=str(folder), served_name=config.served_name or EMBEDDED_NAME)
+    folder = str(ensure_smollm2(on_progress=on_progress))
+    if config.tokenizer == DEFAULT_MODEL:
+        config = replace(config, tokenizer=folder)
+    if not is_embedded(config):
+        return config
+    return replace(config, model=folder, served_name=config.served_name or EMBEDDED_NAME)

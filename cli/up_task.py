@@ -121,6 +121,8 @@ def _with_model(task: UpTask, progress: Progress) -> UpTask:
     """Make the embedded model's folder once, here, rather than in every node at the same time."""
     engine = with_embedded_model(task.engine, lambda done, text: progress.update(f"{done:4.0%} {text}"))
     found = {"engine.model": Override("--model", engine.model)}
+    if engine.tokenizer:
+        found["engine.tokenizer"] = Override("--tokenizer", engine.tokenizer)
     if engine.served_name:
         found["engine.served_name"] = Override("--served-name", engine.served_name)
     if engine.num_threads is None:

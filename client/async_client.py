@@ -35,6 +35,7 @@ from kvrelay.client.results import GenerationResult
 from kvrelay.client.router_link import RouterLink
 from kvrelay.client.router_set import RouterSet, unreadable
 from kvrelay.client.tokenizer_cache import TokenizerCache
+from kvrelay.client.tokenizing import Tokenizing
 from kvrelay.codec.bounds import text as checked_text
 from kvrelay.codec.client_api import (
     decode_cluster_state,
@@ -69,6 +70,9 @@ class AsyncClient:
         self._rng = rng
         self._routers = RouterSet(parse_addresses(addresses), config, rng, time.monotonic)
         self._catalog = ModelCatalog(self._routers, config, cache, time.monotonic)
+        self._tokenizing = Tokenizing(
+            config.max_tokenizing_threads, max_waiting=config.max_requests_in_flight
+        )
         in_flight = InFlight(config.max_requests_in_flight)
         self._parts = GenerationParts(self._routers, config, rng, in_flight, time.monotonic, self._prepare)
 
@@ -82,6 +86,7 @@ class AsyncClient:
 
     async def aclose(self) -> None:
         """Cancel what is under way and close all connections."""
+        self._tokenizing.close()
         await self._routers.close()
 
     @property
@@ -229,7 +234,8 @@ class AsyncClient:
     ) -> tuple[int, ...]:
         """Token ids of a text, as `generate` makes them of a prompt."""
         check_text(text, "text")
-        return (await self.tokenizer(model)).encode(text, add_special_tokens=add_special_tokens)
+        tokenizer = await self.tokenizer(model)
+        return await self._tokenizing.encode(tokenizer, text, add_special_tokens=add_special_tokens)
 
     async def tokenize_chat(
         self,
@@ -243,8 +249,8 @@ class AsyncClient:
         """Token ids of a conversation, as `generate` makes them of ``messages``."""
         check_messages(messages)
         tokenizer = await self.tokenizer(model)
-        return await asyncio.to_thread(
-            tokenizer.encode_chat,
+        return await self._tokenizing.encode_chat(
+            tokenizer,
             messages,
             tools=tools,
             add_generation_prompt=add_generation_prompt,
@@ -256,10 +262,11 @@ class AsyncClient:
     ) -> str:
         """Text of token ids."""
         check_token_ids(token_ids, "token_ids")
-        return (await self.tokenizer(model)).decode(token_ids, skip_special_tokens=skip_special_tokens)
+        tokenizer = await self.tokenizer(model)
+        return await self._tokenizing.decode(tokenizer, token_ids, skip_special_tokens=skip_special_tokens)
 
     async def _prepare(self, ask: GenerationAsk) -> PreparedCall:
-        return await prepare_call(ask, self._catalog)
+        return await prepare_call(ask, self._catalog, self._tokenizing)
 
     async def _watch_at(self, link: RouterLink, interval_s: float) -> AsyncGenerator[ClusterState, None]:
         call = link.stub.WatchCluster(encode_watch_cluster(interval_s))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Final, NoReturn
+from typing import Final, NoReturn, TypedDict, Unpack
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -20,6 +20,14 @@ from kvrelay.core.errors import InvalidRequest, KVRelayError
 
 MAX_TEMPLATE_CHARS: Final = 1 << 20
 MAX_RENDERED_CHARS: Final = 32 << 20
+
+
+class RenderOptions(TypedDict, total=False):
+    """What a template gets beside the messages; see `ChatTemplate.render`."""
+
+    tools: Sequence[Mapping[str, object]] | None
+    add_generation_prompt: bool
+    variables: Mapping[str, object] | None
 
 
 class _GenerationTag(Extension):
@@ -49,28 +57,23 @@ class ChatTemplate:
         except TemplateError as error:
             raise KVRelayError(f"the model's chat template can't be read: {error}") from error
 
-    def render(
-        self,
-        messages: Sequence[Mapping[str, object]],
-        *,
-        tools: Sequence[Mapping[str, object]] | None = None,
-        add_generation_prompt: bool = True,
-        variables: Mapping[str, object] | None = None,
-    ) -> str:
-        """The prompt; with `add_generation_prompt` it ends where the assistant is to speak.
+    def render(self, messages: Sequence[Mapping[str, object]], **options: Unpack[RenderOptions]) -> str:
+        """The prompt; with ``add_generation_prompt``, the default, it ends where the assistant is to speak.
 
         Raises:
             InvalidRequest: the template refuses these messages; `field` is ``messages``.
         """
         values = {
             **self._special_tokens,
-            **(variables or {}),
+            **(options.get("variables") or {}),
             "messages": [dict(message) for message in messages],
-            "tools": tools,
-            "add_generation_prompt": add_generation_prompt,
+            "tools": options.get("tools"),
+            "add_generation_prompt": options.get("add_generation_prompt", True),
         }
         try:
-            return self._render(values)
+            text = self._render(values)
+            text.encode()  # fails where a tool's text has half a surrogate pair, which can't be tokenized
+            return text
         # A template may do anything with what it is given; whatever it trips over is these messages.
         except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
             raise InvalidRequest(

@@ -19,6 +19,8 @@ class ClientConfig:
     ``backoff_base_s * 2**n``, at most `backoff_max_s`, drawn between its half and its whole, and never
     shorter than a router's own `retry_after_s`.
     `max_buffered_tokens` bounds what waits for a slow reader of one request; beyond it that request fails.
+    Texts that take more than about a millisecond are tokenized on at most `max_tokenizing_threads` threads;
+    each of at most `max_tokenizers` tokenizers remembers texts in `tokenized_text_max_bytes` (0: none).
     `cache_dir` None: see `default_cache_dir`.
 
     Raises:
@@ -36,6 +38,8 @@ class ClientConfig:
     max_message_bytes: int = 64 << 20
     models_max_age_s: float = 30.0
     max_tokenizers: int = 8
+    max_tokenizing_threads: int = 4
+    tokenized_text_max_bytes: int = 32 << 20
     keepalive_time_s: float = 20.0
     keepalive_timeout_s: float = 10.0
     cache_dir: Path | None = None
@@ -49,6 +53,8 @@ class ClientConfig:
             *self._count_fault("max_buffered_tokens", 1, 1 << 31),
             *self._count_fault("max_message_bytes", 1 << 16, 1 << 30),
             *self._count_fault("max_tokenizers", 1, 1024),
+            *self._count_fault("max_tokenizing_threads", 1, 1024),
+            *self._count_fault("tokenized_text_max_bytes", 0, 1 << 40),
         ]
         if faults:
             raise ConfigError("\n".join(message for _, message in faults), field=faults[0][0])

@@ -52,6 +52,9 @@ class ByteDetokenizer:
 
     def push(self, token_ids: Sequence[int]) -> str:
         token_bytes, hidden_ids = self._token_bytes, self._hidden_ids
+        if len(token_ids) == 1:
+            token_id = token_ids[0]
+            return "" if token_id in hidden_ids else self._decode(token_bytes[token_id])
         raw = b"".join([token_bytes[token_id] for token_id in token_ids if token_id not in hidden_ids])
         return self._decode(raw)
 

@@ -60,6 +60,7 @@ class Generation:
         self._attempt: _Attempt | None = None
         self._failure: AttemptFailed | None = None
         self._router = ""
+        self._is_router_well = False
         self._deadline_s: float | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._scope: asyncio.Timeout | None = None
@@ -156,6 +157,7 @@ class Generation:
         session = link.session()
         stream_id = session.start(progress.next_call(self._parts.now_s()), self._mailbox)
         self._attempt = _Attempt(session, stream_id)
+        self._is_router_well = False
 
     async def _recover(self, progress: RequestProgress, failure: AttemptFailed) -> None:
         """Wait until the request may be repeated, or raise what it failed of."""
@@ -176,14 +178,18 @@ class Generation:
     # ---- answers --------------------------------------------------------------------------------
 
     def _absorb(self, progress: RequestProgress, delivery: Delivery) -> GenerationChunk | None:
-        index, end = len(progress.token_ids), delivery.end
-        text, num_taken = self._output_text.push(delivery.token_ids)
-        if num_taken:
-            progress.take(
-                delivery.token_ids[:num_taken], delivery.logprobs[:num_taken], delivery.arrivals_s[:num_taken]
-            )
-            self._parts.routers.mark_well(self._router)
+        token_ids, logprobs, arrivals_s, end = delivery
+        index = len(progress.token_ids)
+        text, num_taken = self._output_text.push(token_ids)
         is_satisfied = self._output_text.stop_text is not None
+        if is_satisfied:
+            token_ids, logprobs = token_ids[:num_taken], logprobs[:num_taken]
+            arrivals_s = arrivals_s[:num_taken]
+        if token_ids:
+            progress.take(token_ids, logprobs, arrivals_s)
+            if not self._is_router_well:
+                self._is_router_well = True
+                self._parts.routers.mark_well(self._router)
         if isinstance(end, CallFinished) and not is_satisfied:
             if fault := progress.check_complete(end):
                 end = AttemptFailed(fault, lost_router=True)
@@ -193,10 +199,9 @@ class Generation:
             self._end_attempt(progress, end)
         elif is_satisfied and self._attempt is not None:
             self._attempt.session.finish(self._attempt.stream_id)
-        if not num_taken and not text:
+        if not token_ids and not text:
             return None
-        token_ids = tuple(progress.token_ids[index:])
-        return GenerationChunk(text, token_ids, tuple(progress.logprobs[index:]), index)
+        return GenerationChunk(text, tuple(token_ids), tuple(progress.logprobs[index:]), index)
 
     async def _end_satisfied(self, progress: RequestProgress) -> None:
         """The text met its stop string: wait for the router's report, but never fail for want of it."""

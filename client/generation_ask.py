@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import SystemRandom
@@ -12,6 +11,7 @@ from uuid import uuid4
 from kvrelay.client.model_tokenizer import ModelTokenizer
 from kvrelay.client.output_text import OutputText
 from kvrelay.client.stop_strings import StopStrings
+from kvrelay.client.tokenizing import Tokenizing
 from kvrelay.codec.bounds import MAX_CACHE_SALT_BYTES, MAX_TOKEN_ID, length, seconds, text
 from kvrelay.codec.generate import MAX_TIMEOUT_S
 from kvrelay.core.client_types import MAX_MODEL_CHARS, MAX_REQUEST_ID_CHARS, GenerateCall
@@ -28,8 +28,6 @@ DEFAULT_SAMPLING: Final = SamplingParams()
 MAX_STOPS: Final = 16
 MAX_STOP_CHARS: Final = 1024
 MAX_TOOLS: Final = 1024
-_LONG_TEXT_CHARS: Final = 16_384
-"""Tokenizing more than this takes milliseconds, so it is done off the event loop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +171,7 @@ class PreparedCall:
     output_text: OutputText
 
 
-async def prepare_call(ask: GenerationAsk, models: ModelSource) -> PreparedCall:
+async def prepare_call(ask: GenerationAsk, models: ModelSource, tokenizing: Tokenizing) -> PreparedCall:
     """Tokenize the prompt and fix the seed, so that a continuation through another router samples alike.
 
     Raises:
@@ -188,7 +186,7 @@ async def prepare_call(ask: GenerationAsk, models: ModelSource) -> PreparedCall:
         info = await models.find(ask.model)
         tokenizer = await models.tokenizer_of(info)
         model, hidden_ids = info.name, hidden_ids + info.eos_token_ids
-    token_ids = await _prompt_token_ids(ask, tokenizer)
+    token_ids = await _prompt_token_ids(ask, tokenizer, tokenizing)
     request = TokenRequest(token_ids, len(token_ids), _with_seed(ask.sampling), ask.cache_salt)
     detokenizer = None
     if tokenizer and ask.decode_text:
@@ -202,16 +200,15 @@ async def prepare_call(ask: GenerationAsk, models: ModelSource) -> PreparedCall:
     return PreparedCall(call, OutputText(detokenizer, stops))
 
 
-async def _prompt_token_ids(ask: GenerationAsk, tokenizer: ModelTokenizer | None) -> tuple[int, ...]:
+async def _prompt_token_ids(
+    ask: GenerationAsk, tokenizer: ModelTokenizer | None, tokenizing: Tokenizing
+) -> tuple[int, ...]:
     if isinstance(ask.prompt, tuple):
         return ask.prompt
     field = "messages" if ask.prompt is None else "prompt"
     if tokenizer is None:
         raise InvalidRequest(f"{field} is text, but the model has no tokenizer; send token ids", field=field)
-    if _num_chars(ask) > _LONG_TEXT_CHARS:
-        token_ids = await asyncio.to_thread(_encode, ask, tokenizer)
-    else:
-        token_ids = _encode(ask, tokenizer)
+    token_ids = await _encode(ask, tokenizer, tokenizing)
     if not token_ids:
         raise InvalidRequest(f"{field} has no tokens", field=field)
     if len(token_ids) > MAX_PROMPT_TOKENS:
@@ -219,25 +216,21 @@ async def _prompt_token_ids(ask: GenerationAsk, tokenizer: ModelTokenizer | None
     return token_ids
 
 
-def _num_chars(ask: GenerationAsk) -> int:
-    """About how much there is to tokenize."""
-    texts = [message.get("content") for message in ask.messages or ()]
-    num_chars = len(ask.prompt or "") + sum(len(text) for text in texts if isinstance(text, str))
-    return num_chars + (_LONG_TEXT_CHARS if ask.tools else 0)
-
-
-def _encode(ask: GenerationAsk, tokenizer: ModelTokenizer) -> tuple[int, ...]:
+async def _encode(ask: GenerationAsk, tokenizer: ModelTokenizer, tokenizing: Tokenizing) -> tuple[int, ...]:
     if ask.messages is not None:
-        return tokenizer.encode_chat(
+        return await tokenizing.encode_chat(
+            tokenizer,
             ask.messages,
+            cache_salt=ask.cache_salt,
             tools=ask.tools,
             add_generation_prompt=ask.add_generation_prompt,
             variables=ask.template_variables,
         )
     assert isinstance(ask.prompt, str)
     if ask.chat:
-        return tokenizer.encode_chat([{"role": "user", "content": ask.prompt}])
-    return tokenizer.encode(ask.prompt)
+        message = {"role": "user", "content": ask.prompt}
+        return await tokenizing.encode_chat(tokenizer, [message], cache_salt=ask.cache_salt)
+    return await tokenizing.encode(tokenizer, ask.prompt, cache_salt=ask.cache_salt)
 
 
 def _with_seed(sampling: SamplingParams) -> SamplingParams:

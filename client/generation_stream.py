@@ -40,6 +40,12 @@ class GenerationStream:
         return tuple(progress.token_ids) if progress else ()
 
     @property
+    def num_tokens(self) -> int:
+        """How many output tokens have been read so far."""
+        progress = self._generation.progress
+        return len(progress.token_ids) if progress else 0
+
+    @property
     def prompt_token_ids(self) -> tuple[int, ...]:
         """The prompt as the model is shown it; empty before the first read."""
         progress = self._generation.progress

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kvrelay.core.client_types import CallFinished
 from kvrelay.core.errors import KVRelayError
@@ -24,8 +25,7 @@ class AttemptFailed:
 AttemptEnd = CallFinished | AttemptFailed
 
 
-@dataclass(frozen=True, slots=True)
-class Delivery:
+class Delivery(NamedTuple):
     """All that had come; `arrivals_s` has one entry per token."""
 
     token_ids: list[int]
@@ -64,6 +64,17 @@ class Mailbox:
         self._token_ids += token_ids
         self._arrivals_s += [now_s] * len(token_ids)
         self._wake()
+        return True
+
+    def put_token(self, token_id: int, now_s: float) -> bool:
+        """`put_tokens` of one without logprobs: what steady decode brings, so it does the least."""
+        if self._logprobs or len(self._token_ids) >= self._max_tokens:
+            return self.put_tokens((token_id,), (), now_s)
+        self._token_ids.append(token_id)
+        self._arrivals_s.append(now_s)
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
         return True
 
     def put_end(self, end: AttemptEnd) -> None:

@@ -80,7 +80,8 @@ class ModelCatalog:
         if bundle is None:
             bundle = await self._routers.call(lambda link: self._fetch(link, model))
             await asyncio.to_thread(self._cache.write, digest, bundle)
-        return await asyncio.to_thread(ModelTokenizer, bundle)
+        max_cache_bytes = self._config.tokenized_text_max_bytes
+        return await asyncio.to_thread(ModelTokenizer, bundle, max_cache_bytes=max_cache_bytes)
 
     def _keep(self, digest: str, tokenizer: ModelTokenizer) -> None:
         self._tokenizers[digest] = tokenizer

@@ -6,12 +6,13 @@ import json
 import re
 import zlib
 from collections.abc import Collection, Mapping, Sequence
-from typing import Final
+from typing import Final, Unpack
 
 from tokenizers import Tokenizer
 
-from kvrelay.client.chat_template import ChatTemplate
+from kvrelay.client.chat_template import ChatTemplate, RenderOptions
 from kvrelay.client.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
+from kvrelay.client.text_encoder import TextEncoder
 from kvrelay.client.token_bytes import TokenBytes
 from kvrelay.core.errors import InvalidRequest, KVRelayError
 
@@ -21,22 +22,26 @@ _BYTE_TOKEN: Final = re.compile(r"<0x[0-9A-F]{2}>")
 
 class ModelTokenizer:
     """Built from a tokenizer bundle: zlib-compressed JSON with ``tokenizer``, ``chat_template`` and
-    ``special_tokens``. Immutable; may be shared between threads.
+    ``special_tokens``. May be shared between threads. Remembers parts of texts in at most about
+    `max_cache_bytes`; 0: none.
 
     Raises:
         KVRelayError: the bundle can't be read.
     """
 
-    def __init__(self, bundle: bytes) -> None:
+    def __init__(self, bundle: bytes, *, max_cache_bytes: int = 32 << 20) -> None:
         content = _unpack(bundle)
+        description = content["tokenizer"]
+        assert isinstance(description, dict)
         try:
             # What is right for training batches would pad and cut prompts here.
-            self.tokenizer: Tokenizer = Tokenizer.from_str(json.dumps(content.get("tokenizer")))
+            self.tokenizer: Tokenizer = Tokenizer.from_str(json.dumps(description))
         except Exception as error:  # tokenizers raises bare Exception
             raise KVRelayError(f"the model's tokenizer can't be read: {error}") from error
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.special_tokens: Mapping[str, str] = _special_tokens(content.get("special_tokens"))
+        self._encoder = TextEncoder(self.tokenizer, description, max_cache_bytes=max_cache_bytes)
         template = content.get("chat_template")
         self.chat_template = (
             ChatTemplate(template, self.special_tokens) if isinstance(template, str) and template else None
@@ -44,22 +49,28 @@ class ModelTokenizer:
         self._special_ids = frozenset(
             token_id for token_id, token in self.tokenizer.get_added_tokens_decoder().items() if token.special
         )
-        self._byte_ids = self._find_byte_ids(content["tokenizer"])
-        self._token_bytes = TokenBytes(self.tokenizer, _decoder_of(content["tokenizer"]))
+        self._byte_ids = self._find_byte_ids(description)
+        self._token_bytes = TokenBytes(self.tokenizer, _decoder_of(description))
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
-        """Token ids of `text`; `add_special_tokens` adds what the model wants around it (a BOS, mostly)."""
-        return tuple(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
-
-    def encode_chat(
-        self,
-        messages: Sequence[Mapping[str, object]],
-        *,
-        tools: Sequence[Mapping[str, object]] | None = None,
-        add_generation_prompt: bool = True,
-        variables: Mapping[str, object] | None = None,
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, cache_salt: bytes = b""
     ) -> tuple[int, ...]:
-        """Token ids of a conversation, by the model's chat template.
+        """Token ids of `text`; `add_special_tokens` adds what the model wants around it (a BOS, mostly).
+
+        What lies between special tokens is not tokenized again when it comes under the same `cache_salt`.
+        """
+        return self._encoder.encode(text, add_special_tokens=add_special_tokens, cache_salt=cache_salt)
+
+    def encode_if_quick(
+        self, text: str, *, add_special_tokens: bool = True, cache_salt: bytes = b""
+    ) -> tuple[int, ...] | None:
+        """As `encode`, but None if that would take more than about a millisecond."""
+        return self._encoder.encode_if_quick(
+            text, add_special_tokens=add_special_tokens, cache_salt=cache_salt
+        )
+
+    def render_chat(self, messages: Sequence[Mapping[str, object]], **options: Unpack[RenderOptions]) -> str:
+        """A conversation as the model's chat template writes it.
 
         Raises:
             InvalidRequest: the model has no chat template, or it refuses these messages.
@@ -68,10 +79,18 @@ class ModelTokenizer:
             raise InvalidRequest(
                 "messages can't be used: the model has no chat template; send a prompt", field="messages"
             )
-        text = self.chat_template.render(
-            messages, tools=tools, add_generation_prompt=add_generation_prompt, variables=variables
-        )
-        return self.encode(text, add_special_tokens=False)
+        return self.chat_template.render(messages, **options)
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        cache_salt: bytes = b"",
+        **options: Unpack[RenderOptions],
+    ) -> tuple[int, ...]:
+        """Token ids of a conversation, by the model's chat template. Raises as `render_chat` does."""
+        text = self.render_chat(messages, **options)
+        return self.encode(text, add_special_tokens=False, cache_salt=cache_salt)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of a whole token sequence."""

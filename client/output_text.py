@@ -34,7 +34,10 @@ class OutputText:
         if self._detokenizer is None:
             return "", len(token_ids)
         if self._stops is None:
-            return self._given(self._detokenizer.push(token_ids)), len(token_ids)
+            text = self._detokenizer.push(token_ids)
+            if text:
+                self._parts.append(text)
+            return text, len(token_ids)
         text = ""
         for number, token_id in enumerate(token_ids, 1):
             self._num_tokens += 1

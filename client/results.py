@@ -8,9 +8,10 @@ from kvrelay.core.request import FinishReason, TokenLogprobs
 from kvrelay.core.request_report import RequestReport
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class GenerationChunk:
-    """The next part of an answer. `index` is the output index of its first token; each index comes once.
+    """The next part of an answer, made for its reader. `index` is the output index of its first token; each
+    index comes once.
 
     `text` lags behind `token_ids` while a character is incomplete, so the last chunk may have text and no
     tokens. `logprobs` is empty, or has one entry per token.

@@ -136,22 +136,36 @@ class Session:
             self._end(AttemptFailed(lost, lost_router=True))
 
     def _deliver(self, update: SessionUpdate) -> None:
-        now_s, start = self._now_s(), 0
-        mailboxes, token_ids, logprobs = self._mailboxes, update.token_ids, update.logprobs
-        for stream_id, count in zip(update.stream_ids, update.counts, strict=True):
-            end = start + count
-            mailbox = mailboxes.get(stream_id)
-            if mailbox is not None and not mailbox.put_tokens(
-                token_ids[start:end], logprobs[start:end], now_s
-            ):
-                self._fail_slow_reader(stream_id)
-            start = end
+        mailboxes = self._mailboxes
+        if update.logprobs or len(update.token_ids) != len(update.stream_ids):
+            self._deliver_columns(update)
+        else:
+            self._deliver_one_each(update)
         for stream_id, finished in update.finished:
             if mailbox := mailboxes.pop(stream_id, None):
                 mailbox.put_end(finished)
         for stream_id, error in update.failed:
             if mailbox := mailboxes.pop(stream_id, None):
                 mailbox.put_end(AttemptFailed(error))
+
+    def _deliver_one_each(self, update: SessionUpdate) -> None:
+        now_s, find = self._now_s(), self._mailboxes.get
+        for stream_id, token_id in zip(update.stream_ids, update.token_ids, strict=True):
+            mailbox = find(stream_id)
+            if mailbox is not None and not mailbox.put_token(token_id, now_s):
+                self._fail_slow_reader(stream_id)
+
+    def _deliver_columns(self, update: SessionUpdate) -> None:
+        now_s, start = self._now_s(), 0
+        token_ids, logprobs = update.token_ids, update.logprobs
+        for stream_id, count in zip(update.stream_ids, update.counts, strict=True):
+            end = start + count
+            mailbox = self._mailboxes.get(stream_id)
+            if mailbox is not None and not mailbox.put_tokens(
+                token_ids[start:end], logprobs[start:end], now_s
+            ):
+                self._fail_slow_reader(stream_id)
+            start = end
 
     def _fail_slow_reader(self, stream_id: int) -> None:
         mailbox = self._mailboxes[stream_id]

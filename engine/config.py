@@ -58,7 +58,9 @@ class EngineConfig:
     it, by default the folder's or model's name. The KV pool has `num_blocks` blocks, or, where that is
     None, as many as `kv_bytes` hold. `max_model_len` None: the model's own, or the KV pool's if that is
     smaller. `num_threads` None: as many as torch takes by itself. `layers_per_group` None: layers are
-    grouped so that one group's KV of a chunk is at least 1 MiB.
+    grouped so that one group's KV of a chunk is at least 1 MiB. `tokenizer` is a folder with what clients
+    turn text into tokens with: the model's, unless given; `sim` has none of its own, and with one draws from
+    its vocabulary unless `sim_vocab_size` says otherwise.
 
     Raises:
         ConfigError: lists all the faults, one a line.
@@ -79,7 +81,8 @@ class EngineConfig:
     num_threads: int | None = None
     layers_per_group: int | None = None
     grammar: GrammarLimits = field(default_factory=GrammarLimits)
-    sim_vocab_size: int = 32_000
+    tokenizer: str = ""
+    sim_vocab_size: int | None = None
     sim_timing: SimTiming = field(default_factory=SimTiming)
 
     def __post_init__(self) -> None:

@@ -81,9 +81,10 @@ def _max_attempts(config: NodeConfig) -> int:
 
 
 def _build_tokenizer(config: NodeConfig) -> bytes | None:
-    if config.engine.engine is not EngineKind.TORCH:
-        return None
-    return build_tokenizer_bundle(Path(config.engine.model))
+    folder = config.engine.tokenizer
+    if not folder and config.engine.engine is EngineKind.TORCH:
+        folder = config.engine.model
+    return build_tokenizer_bundle(Path(folder)) if folder else None
 
 
 async def _serve(config: NodeConfig, core: NodeCore, engine: Engine, tokenizer: bytes | None) -> int:

@@ -25,7 +25,7 @@ from kvrelay.openai_proxy.event_stream import ClientGoneError
 from kvrelay.openai_proxy.gateway import Gateway
 from kvrelay.openai_proxy.metrics import ProxyMetrics
 from kvrelay.openai_proxy.responses import create_response
-from kvrelay.openai_proxy.service import PARAMS, ProxyService
+from kvrelay.openai_proxy.service import ProxyService
 from kvrelay.openai_proxy.small_endpoints import (
     detokenize,
     get_model,
@@ -123,12 +123,14 @@ def _add_routes(app: FastAPI) -> None:
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    async def on_api_error(_: Request, error: ApiError) -> Response:
+    async def on_api_error(request: Request, error: ApiError) -> Response:
+        request_id = request.scope["state"]["request_id"]
+        logger.info("request=%s refused param=%s error=%r", request_id, error.param, error.message)
         content = compact_json(error.body())  # texts of callers are in it, perhaps not valid Unicode
         return Response(content, error.status, error.headers(), "application/json")
 
     async def on_kvrelay_error(request: Request, error: KVRelayError) -> Response:
-        return await on_api_error(request, from_kvrelay(error, PARAMS))
+        return await on_api_error(request, from_kvrelay(error, request.scope["state"].get("params")))
 
     async def on_invalid(request: Request, error: RequestValidationError) -> Response:
         return await on_api_error(request, from_validation(error.errors()))

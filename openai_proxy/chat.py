@@ -108,12 +108,20 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
         ApiError, KVRelayError: before anything is answered.
     """
     call = Call.of(request)
+    call.params |= {"prompt_token_ids": "messages", "sampling.grammar": _grammar_param(body)}
     ask = await understand(body, call)
     streams = ask.streams()
     if body.stream:
         events = ChatEvents(ask)
         return await stream_answer(request, events.of_streams(streams))
     return json_answer(await while_connected(request, _whole_answer(ask, streams)))
+
+
+def _grammar_param(body: ChatBody) -> str:
+    """The field that a grammar comes from."""
+    if body.structured_outputs is not None:
+        return "structured_outputs"
+    return "tools" if body.response_format is None else "response_format"
 
 
 async def understand(body: ChatBody, call: Call) -> ChatAsk:

@@ -10,7 +10,8 @@ from kvrelay.client import GenerationChunk, GenerationStream
 from kvrelay.openai_proxy.chat_words import finish_reason, new_call_id
 from kvrelay.openai_proxy.choices import read_choices
 from kvrelay.openai_proxy.logprobs import chat_logprobs
-from kvrelay.openai_proxy.service import usage_of
+from kvrelay.openai_proxy.schema.base import StreamOptions
+from kvrelay.openai_proxy.service import usage_of, usage_so_far
 from kvrelay.openai_proxy.sse import DONE, TextEvent, event
 from kvrelay.openai_proxy.tool_calls.events import CallArguments, CallStarted, Text
 
@@ -23,8 +24,10 @@ class ChatEvents:
 
     def __init__(self, ask: ChatAsk) -> None:
         self._ask = ask
-        options = ask.body.stream_options
-        self._has_usage = options is not None and options.include_usage
+        options = ask.body.stream_options or StreamOptions()
+        self._has_usage = options.include_usage
+        self.has_continuous_usage = options.include_usage and options.continuous_usage_stats
+        self._streams: Sequence[GenerationStream] = ()
 
     async def of_streams(self, streams: Sequence[GenerationStream]) -> AsyncGenerator[bytes, None]:
         """Every event; closing it cancels what is under way.
@@ -32,22 +35,38 @@ class ChatEvents:
         Raises:
             KVRelayError: a choice can't be served.
         """
+        self._streams = streams
         choices = [_Choice(self, self._ask, index) for index in range(len(streams))]
+        if len(streams) == 1:  # One generator less for every token of most requests.
+            async with streams[0] as stream:
+                async for chunk in stream:
+                    if written := choices[0].add(chunk):
+                        yield written
+            yield choices[0].end(stream)
+        else:
+            async for written in self._of_many(streams, choices):
+                yield written
+        if self._has_usage:
+            usage = usage_of([stream.result for stream in streams])
+            yield event({**self._envelope(), "choices": [], "usage": usage})
+        yield DONE
+
+    async def _of_many(
+        self, streams: Sequence[GenerationStream], choices: Sequence[_Choice]
+    ) -> AsyncGenerator[bytes, None]:
         async with aclosing(read_choices(streams)) as chunks:
             async for index, chunk in chunks:
                 choice = choices[index]
                 written = choice.add(chunk) if chunk is not None else choice.end(streams[index])
                 if written:
                     yield written
-        if self._has_usage:
-            usage = usage_of([stream.result for stream in streams])
-            yield event({**self._envelope(), "choices": [], "usage": usage})
-        yield DONE
 
     def shape(self, index: int, delta: dict[str, Any], **more: Any) -> dict[str, Any]:
         """One event's value."""
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more}
         shape = {**self._envelope(), "choices": [choice]}
+        if self.has_continuous_usage:
+            return {**shape, "usage": usage_so_far(self._streams)}
         return {**shape, "usage": None} if self._has_usage else shape
 
     def _envelope(self) -> dict[str, Any]:
@@ -79,7 +98,7 @@ class _Choice:
             return written + self._with_logprobs(chunk)
         if self._parser is not None:
             return written + self._parsed(self._parser.push(chunk.text))
-        return written + self._text_event.with_text(chunk.text) if chunk.text else written
+        return written + self._text(chunk.text) if chunk.text else written
 
     def end(self, stream: GenerationStream) -> bytes:
         """The last events."""
@@ -93,6 +112,11 @@ class _Choice:
                     written += self._delta(_arguments_delta(number, "{}"))
         reason = finish_reason(result, has_calls=bool(self._call_arguments))
         return written + event(self._events.shape(self._index, {}, finish_reason=reason))
+
+    def _text(self, text: str) -> bytes:
+        if self._events.has_continuous_usage:
+            return self._delta({"content": text})
+        return self._text_event.with_text(text)
 
     def _role(self) -> bytes:
         self._has_role = True
@@ -116,7 +140,7 @@ class _Choice:
         for found in events:
             match found:
                 case Text(text):
-                    written += self._text_event.with_text(text)
+                    written += self._text(text)
                 case CallStarted(number, name):
                     self._call_arguments.append("")
                     written += self._delta(_call_delta(number, name))

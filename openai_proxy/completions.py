@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -19,8 +20,9 @@ from kvrelay.openai_proxy.errors import bad_request
 from kvrelay.openai_proxy.event_stream import while_connected
 from kvrelay.openai_proxy.logprobs import CompletionLogprobs
 from kvrelay.openai_proxy.sampling import grammar_of, sampling_of
+from kvrelay.openai_proxy.schema.base import StreamOptions
 from kvrelay.openai_proxy.schema.completions import CompletionBody
-from kvrelay.openai_proxy.service import Call, usage_of
+from kvrelay.openai_proxy.service import Call, usage_of, usage_so_far
 from kvrelay.openai_proxy.sse import DONE, TextEvent, event
 
 
@@ -91,7 +93,9 @@ async def completions(body: CompletionBody, request: Request) -> Response:
     Raises:
         ApiError, KVRelayError: before anything is answered.
     """
-    ask = await _understand(body, Call.of(request))
+    call = Call.of(request)
+    call.params |= {"sampling.num_logprobs": "logprobs", "sampling.grammar": "structured_outputs"}
+    ask = await _understand(body, call)
     streams = ask.streams()
     if body.stream:
         return await stream_answer(request, _events(ask, streams))
@@ -132,9 +136,12 @@ async def _whole_answer(ask: CompletionAsk, streams: list[GenerationStream]) -> 
 
 
 async def _events(ask: CompletionAsk, streams: list[GenerationStream]) -> AsyncGenerator[bytes, None]:
-    options = ask.body.stream_options
-    has_usage = options is not None and options.include_usage
-    choices = [_Choice(ask, index, has_usage) for index in range(len(streams))]
+    options = ask.body.stream_options or StreamOptions()
+    has_usage = options.include_usage
+    usage_now = None
+    if has_usage and options.continuous_usage_stats:
+        usage_now = partial(usage_so_far, streams, len(ask.body.prompt))
+    choices = [_Choice(ask, index, has_usage, usage_now) for index in range(len(streams))]
     for choice, echo in zip(choices, ask.echoes(), strict=True):
         choice.echo = echo
     async with aclosing(read_choices(streams)) as chunks:
@@ -153,11 +160,18 @@ async def _events(ask: CompletionAsk, streams: list[GenerationStream]) -> AsyncG
 class _Choice:
     """One choice's events. `echo` goes before the first text."""
 
-    def __init__(self, ask: CompletionAsk, index: int, has_usage: bool) -> None:
+    def __init__(
+        self,
+        ask: CompletionAsk,
+        index: int,
+        has_usage: bool,
+        usage_now: Callable[[], dict[str, Any]] | None,
+    ) -> None:
         self.echo = ""
         self._ask = ask
         self._index = index
         self._more: dict[str, Any] = {"usage": None} if has_usage else {}
+        self._usage_now = usage_now
         self._logprobs = ask.logprobs()
         self._text_event = TextEvent(self._shape(TextEvent.MARK))
 
@@ -167,6 +181,8 @@ class _Choice:
         if self._logprobs is not None:
             columns = self._logprobs.columns(token_ids, logprobs)
             return event(self._shape(text, logprobs=columns)) if text or columns["tokens"] else b""
+        if self._usage_now is not None:
+            return event(self._shape(text)) if text else b""
         return self._text_event.with_text(text) if text else b""
 
     def end(self, reason: str) -> bytes:
@@ -176,4 +192,5 @@ class _Choice:
 
     def _shape(self, text: str, **more: Any) -> dict[str, Any]:
         choice = {"index": self._index, "text": text, "logprobs": None, "finish_reason": None, **more}
-        return {**self._ask.envelope(), "choices": [choice], **self._more}
+        more = self._more if self._usage_now is None else {"usage": self._usage_now()}
+        return {**self._ask.envelope(), "choices": [choice], **more}

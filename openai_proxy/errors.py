@@ -39,7 +39,6 @@ _OPENAI_CODE: Final = {
 _PARAM_OF_FIELD: Final = {
     "prompt_token_ids": "prompt",
     "sampling.num_logprobs": "top_logprobs",
-    "sampling.grammar": "response_format",
 }
 DEFAULT_RETRY_AFTER_S: Final = 1.0
 MAX_SHOWN_CHARS: Final = 100
@@ -49,9 +48,12 @@ _NOT_FIELDS: Final = frozenset({"body", "str", "int", "float", "bool", "dict", "
 """What pydantic puts into a path for the body itself and for the members of a union."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class ApiError(Exception):
-    """An answer that is an error. `retry_after_s` becomes the ``Retry-After`` header, in whole seconds."""
+    """An answer that is an error. `retry_after_s` becomes the ``Retry-After`` header, in whole seconds.
+
+    Not frozen: Starlette takes a handled exception's traceback off, and could not.
+    """
 
     status: int
     message: str
@@ -99,7 +101,9 @@ def from_kvrelay(error: KVRelayError, params: Mapping[str, str] | None = None) -
     if status in (429, 503) and retry_after_s is None:
         retry_after_s = DEFAULT_RETRY_AFTER_S
     code = _OPENAI_CODE.get(error.code, error.code.lower())
-    return ApiError(status, error.message, _param(error.field, params or {}), code, retry_after_s)
+    param = _param(error.field, params or {})
+    message = error.message.replace(error.field, param) if error.field and param else error.message
+    return ApiError(status, message, param, code, retry_after_s)
 
 
 def _param(field: str | None, params: Mapping[str, str]) -> str | None:

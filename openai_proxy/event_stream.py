@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
 from typing import Any, Final, TypeVar
 
@@ -11,7 +12,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from kvrelay.core.errors import KVRelayError
+from kvrelay.openai_proxy.errors import ApiError, from_kvrelay
+
 T = TypeVar("T")
+ErrorEvent = Callable[[ApiError], bytes]
+"""How a stream says that it failed."""
+DIRECT_SEND: Final = "direct_send"
+"""Where the gateway leaves the server's own `send`, in the scope's state."""
+logger = logging.getLogger(__name__)
 _HEADERS: Final = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -24,15 +33,19 @@ class ClientGoneError(Exception):
 
 
 class EventStream(Response):
-    """Writes the events of `parts` as they come. However it ends, `parts` is closed, which frees what its
-    request holds; when the reader goes, at once."""
+    """Writes `first`, then the events of `parts` as they come, and what goes wrong as an event of its own.
+    However it ends, `parts` is closed, which frees what its request holds; when the reader goes, at once."""
 
-    def __init__(self, parts: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, first: bytes, parts: AsyncGenerator[bytes, None], on_error: ErrorEvent) -> None:
         super().__init__()
+        self._first = first
         self._parts = parts
+        self._on_error = on_error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        writing = asyncio.ensure_future(self._write(send))
+        # Only the start concerns the layers in between; each of them would cost every token a call.
+        write_body = scope["state"].get(DIRECT_SEND, send)
+        writing = asyncio.ensure_future(self._write(send, write_body))
         leaving = asyncio.ensure_future(wait_gone(receive))
         try:
             await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -42,12 +55,23 @@ class EventStream(Response):
             await end_tasks(writing, leaving)
             await self._parts.aclose()
 
-    async def _write(self, send: Send) -> None:
+    async def _write(self, send: Send, write_body: Send) -> None:
         headers = [*_HEADERS, *(pair for pair in self.raw_headers if pair[0] != b"content-length")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        async for part in self._parts:
-            await send({"type": "http.response.body", "body": part, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
+        await write_body({"type": "http.response.body", "body": self._first, "more_body": True})
+        try:
+            async for part in self._parts:
+                await write_body({"type": "http.response.body", "body": part, "more_body": True})
+        except KVRelayError as error:
+            await self._write_error(from_kvrelay(error), write_body)
+        except Exception:  # the stream's outermost frame: its reader is told, the log has the rest
+            logger.exception("a stream failed")
+            await self._write_error(ApiError(500, "the proxy failed; its log says why"), write_body)
+        await write_body({"type": "http.response.body", "body": b""})
+
+    async def _write_error(self, error: ApiError, write_body: Send) -> None:
+        event = self._on_error(error)
+        await write_body({"type": "http.response.body", "body": event, "more_body": True})
 
 
 async def while_connected(request: Request, work: Awaitable[T]) -> T:

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from kvrelay.core.client_types import MAX_REQUEST_ID_CHARS
 from kvrelay.openai_proxy.access import Access, Grant
 from kvrelay.openai_proxy.errors import ApiError
+from kvrelay.openai_proxy.event_stream import DIRECT_SEND
 from kvrelay.openai_proxy.metrics import ProxyMetrics
 from kvrelay.openai_proxy.sse import compact_json
 
@@ -96,6 +97,7 @@ class _Passage:
     async def run(self) -> None:
         state = self.scope.setdefault("state", {})
         state["request_id"] = self.request_id
+        state[DIRECT_SEND] = self._send
         grant = Grant()
         try:
             self._check_length(int(self._headers.get("content-length") or 0))

@@ -30,6 +30,12 @@ async def create_response(body: ResponseBody, request: Request) -> Response:
         ApiError, KVRelayError: before anything is answered.
     """
     call = Call.of(request)
+    is_formatted = body.text is not None and body.text.format is not None
+    call.params |= {
+        "prompt_token_ids": "input",
+        "sampling.max_tokens": "max_output_tokens",
+        "sampling.grammar": "text.format" if is_formatted else "tools",
+    }
     ask = await understand(as_chat(body), call)
     answer = _Answer(body, ask)
     streams = ask.streams()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 from starlette.requests import Request
 
@@ -16,8 +16,6 @@ from kvrelay.openai_proxy.config import ProxyConfig
 from kvrelay.openai_proxy.metrics import ProxyMetrics
 from kvrelay.openai_proxy.sampling import for_choice
 from kvrelay.openai_proxy.schema.base import SamplingBody
-
-PARAMS: Final[Mapping[str, str]] = {"request_id": "x-request-id"}
 
 
 @dataclass(slots=True, eq=False)
@@ -37,12 +35,16 @@ class Call:
     request_id: str
     grant: Grant
     created_s: int = field(default_factory=lambda: int(time.time()))
+    params: dict[str, str] = field(default_factory=dict)
+    """kvrelay's field names -> this caller's, for errors of the cluster."""
 
     @classmethod
     def of(cls, request: Request) -> Call:
         """What the middleware found out about it."""
         state = request.scope["state"]
-        return cls(request.app.state.service, state["request_id"], state["grant"])
+        call = cls(request.app.state.service, state["request_id"], state["grant"])
+        state["params"] = call.params = {"request_id": "x-request-id"}
+        return call
 
     def generate(
         self, body: SamplingBody, model: ModelInfo, sampling: SamplingParams, index: int, **prompt: Any
@@ -71,6 +73,18 @@ class Call:
         self.service.metrics.count_answer(
             result.finish_reason, num_prompt, result.report.num_cached_tokens, num_output
         )
+
+
+def usage_so_far(streams: Sequence[GenerationStream], num_prompts: int = 1) -> dict[str, Any]:
+    """OpenAI's usage object while answers are under way; what a prefix cache held is not known yet."""
+    firsts = streams[:: max(1, len(streams) // num_prompts)]
+    num_prompt = sum(len(stream.prompt_token_ids) for stream in firsts)
+    num_output = sum(stream.num_tokens for stream in streams)
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_output,
+        "total_tokens": num_prompt + num_output,
+    }
 
 
 def usage_of(results: Sequence[GenerationResult], num_prompts: int = 1) -> dict[str, Any]:

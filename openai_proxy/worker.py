@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import socket
 
@@ -33,4 +34,7 @@ def run_worker(config: ProxyConfig, access: Access, listening: socket.socket) ->
             timeout_graceful_shutdown=max(1, round(config.drain_timeout_s)),
         )
     )
+    # What has been loaded stays: the collector need not look at it again.
+    gc.collect()
+    gc.freeze()
     server.run(sockets=[listening])

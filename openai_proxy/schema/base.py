@@ -44,9 +44,11 @@ class Body(BaseModel):
 
 
 class StreamOptions(Body):
-    """What a stream tells beside its tokens. `include_obfuscation` is a no-op: nothing is padded."""
+    """What a stream tells beside its tokens: `include_usage` at its end, `continuous_usage_stats` (as vLLM
+    has it) also with every part. `include_obfuscation` is a no-op: nothing is padded."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
     include_obfuscation: bool = False
 
 
