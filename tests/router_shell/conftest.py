@@ -329,8 +329,9 @@ class SessionClient:
     num_messages: int = 0
     _decoder: SessionUpdateDecoder = field(default_factory=SessionUpdateDecoder)
 
-    async def ask(self, *calls, cancel=()):
-        await self.call.write(encode_session_ask(SessionAsk(tuple(calls), tuple(cancel))))
+    async def ask(self, *calls, cancel=(), finish=()):
+        ask = SessionAsk(tuple(calls), tuple(cancel), tuple(finish))
+        await self.call.write(encode_session_ask(ask))
 
     async def until_ended(self, *stream_ids):
         async with asyncio.timeout(PATIENCE_S):
