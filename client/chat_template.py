@@ -20,7 +20,6 @@ from kvrelay.core.errors import InvalidRequest, KVRelayError
 
 MAX_TEMPLATE_CHARS: Final = 1 << 20
 MAX_RENDERED_CHARS: Final = 32 << 20
-MAX_TOOLS: Final = 1024
 _TEMPLATE_FAULTS: Final = (
     TemplateError,
     TypeError,
@@ -81,13 +80,13 @@ class ChatTemplate:
         }
         try:
             text = self._render(values)
-            text.encode()  # tools and variables may hold what UTF-8 can't
+            text.encode()  # fails where a tool's text has half a surrogate pair, which can't be tokenized
+            return text
         # A template may do anything with what it is given; whatever it trips over is these messages.
         except _TEMPLATE_FAULTS as error:
             raise InvalidRequest(
                 f"messages do not fit the model's chat template: {error}", field="messages"
             ) from error
-        return text
 
     def _render(self, values: Mapping[str, object]) -> str:
         parts: list[str] = []
@@ -101,12 +100,15 @@ class ChatTemplate:
 
 
 def check_template_inputs(
-    tools: Sequence[Mapping[str, object]] | None, template_variables: Mapping[str, object] | None
+    tools: Sequence[Mapping[str, object]] | None,
+    template_variables: Mapping[str, object] | None,
+    *,
+    max_tools: int,
 ) -> None:
     """What a chat template gets beside messages: a bounded number of mappings; values by name. Raises,
     naming the field."""
-    if tools is not None and len(tools) > MAX_TOOLS:
-        raise InvalidRequest(f"tools has {len(tools)} entries, at most {MAX_TOOLS}", field="tools")
+    if tools is not None and len(tools) > max_tools:
+        raise InvalidRequest(f"tools has {len(tools)} entries, at most {max_tools}", field="tools")
     for index, tool in enumerate(tools or ()):
         if not isinstance(tool, Mapping):
             raise InvalidRequest(f"tools[{index}] must be a mapping", field=f"tools[{index}]")

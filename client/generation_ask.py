@@ -28,6 +28,7 @@ MAX_PROMPT_CHARS: Final = 16 << 20
 DEFAULT_SAMPLING: Final = SamplingParams()
 MAX_STOPS: Final = 16
 MAX_STOP_CHARS: Final = 1024
+MAX_TOOLS: Final = 1024
 _LONG_TEXT_CHARS: Final = 16_384
 """Tokenizing more than this takes milliseconds, so it is done off the event loop."""
 
@@ -69,7 +70,7 @@ class GenerationAsk:
         if not isinstance(self.sampling, SamplingParams):
             raise InvalidRequest(f"sampling must be SamplingParams, got {self.sampling!r}", field="sampling")
         self._check_prompt()
-        check_template_inputs(self.tools, self.template_variables)
+        check_template_inputs(self.tools, self.template_variables, max_tools=MAX_TOOLS)
         self._check_stop()
 
     def _check_names(self) -> None:

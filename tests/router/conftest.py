@@ -39,7 +39,6 @@ from kvrelay.router.events import (
     NodeLost,
     NodeReported,
     RequestCancelled,
-    RequestSatisfied,
     RequestSubmitted,
     SendCommand,
     SessionClosed,
@@ -148,9 +147,6 @@ class Transcript:
 
     def cancel(self, request_id: str = "r") -> list[str]:
         return self.handle(RequestCancelled(RequestId(request_id)))
-
-    def satisfy(self, request_id: str = "r") -> list[str]:
-        return self.handle(RequestSatisfied(RequestId(request_id)))
 
     def close_session(self, session: int = 1) -> list[str]:
         return self.handle(SessionClosed(SessionId(session)))
