@@ -22,15 +22,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from kvrelay.client.config import ClientConfig
 from kvrelay.client.generation import Generation, GenerationParts
-from kvrelay.client.generation_ask import GenerationAsk, PreparedCall, prepare_call
+from kvrelay.client.generation_ask import GenerationAsk, PreparedCall
 from kvrelay.client.generation_stream import GenerationStream
 from kvrelay.client.in_flight import InFlight
 from kvrelay.client.model_tokenizer import ModelTokenizer
+from kvrelay.client.output_text import OutputText
 from kvrelay.client.session import Session
+from kvrelay.client.stop_strings import StopStrings
 from kvrelay.codec.client_api import encode_session_update
-from kvrelay.core.client_types import SessionUpdate
-from kvrelay.core.cluster_view import ModelInfo
-from kvrelay.core.request import TokenLogprobs
+from kvrelay.core.client_types import GenerateCall, SessionUpdate
+from kvrelay.core.request import TokenLogprobs, TokenRequest
 from kvrelay.core.sampling import SamplingParams
 from kvrelay.v1 import router_pb2
 
@@ -92,20 +93,6 @@ class FakeRouters:
         pass
 
 
-class OneModel:
-    """A `ModelSource` of one tokenizer."""
-
-    def __init__(self, tokenizer: ModelTokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._info = ModelInfo("bench", 1 << 20, 4096, (), "digest", 1, 1)
-
-    async def find(self, model: str) -> ModelInfo:
-        return self._info
-
-    async def tokenizer_of(self, model: ModelInfo) -> ModelTokenizer:
-        return self._tokenizer
-
-
 def make_tokenizer() -> ModelTokenizer:
     """Byte-level, as most models' are; words of several tokens, characters of several tokens."""
     tokenizer = Tokenizer(models.BPE())
@@ -147,22 +134,29 @@ async def read_all(parts: GenerationParts, ask: GenerationAsk, num_tokens: int) 
 
 
 async def measure(
-    args: argparse.Namespace, tokenizer: ModelTokenizer, num_logprobs: int | None = None, **options: object
+    args: argparse.Namespace,
+    tokenizer: ModelTokenizer,
+    *,
+    has_text: bool = True,
+    stops: tuple[str, ...] = (),
+    num_logprobs: int | None = None,
 ) -> float:
     """CPU microseconds per token."""
-    token_ids = tokenizer.encode(TEXT)
-    call = FakeCall(make_messages(token_ids, args, num_logprobs), args.streams)
-    models_ = OneModel(tokenizer)
+    call = FakeCall(make_messages(tokenizer.encode(TEXT), args, num_logprobs), args.streams)
+    sampling = SamplingParams(max_tokens=1 << 20, num_logprobs=num_logprobs)
+    request = TokenRequest((1, 2, 3), 3, sampling)
 
     async def prepare(ask: GenerationAsk) -> PreparedCall:
-        return await prepare_call(ask, models_)
+        text = OutputText(
+            tokenizer.detokenizer() if has_text else None, StopStrings(stops) if stops else None
+        )
+        return PreparedCall(GenerateCall(ask.request_id, "bench", request), text)
 
     routers = FakeRouters(call)
     parts = GenerationParts(
         cast("Any", routers), ClientConfig(), Random(1), InFlight(args.streams), time.monotonic, prepare
     )
-    sampling = SamplingParams(max_tokens=1 << 20, num_logprobs=num_logprobs)
-    ask = GenerationAsk((1, 2, 3), sampling=sampling, **options)  # type: ignore[arg-type]
+    ask = GenerationAsk(request.token_ids, sampling=sampling)
     await asyncio.gather(*(read_all(parts, ask, args.steps) for _ in range(args.streams)))
     await call.ended.wait()
     await routers.one_session.close()
@@ -172,10 +166,10 @@ async def measure(
 def rows(args: argparse.Namespace) -> dict[str, Callable[[], Awaitable[float]]]:
     tokenizer = make_tokenizer()
     return {
-        "token_ids": lambda: measure(args, tokenizer, decode_text=False),
+        "token_ids": lambda: measure(args, tokenizer, has_text=False),
         "text": lambda: measure(args, tokenizer),
-        "text_and_stops": lambda: measure(args, tokenizer, stop=STOPS),
-        "text_and_logprobs": lambda: measure(args, tokenizer, NUM_LOGPROBS),
+        "text_and_stops": lambda: measure(args, tokenizer, stops=STOPS),
+        "text_and_logprobs": lambda: measure(args, tokenizer, num_logprobs=NUM_LOGPROBS),
     }
 
 
