@@ -22,7 +22,7 @@ from kvrelay.openai_proxy.completions import completions
 from kvrelay.openai_proxy.config import ProxyConfig
 from kvrelay.openai_proxy.errors import ApiError, from_kvrelay, from_validation
 from kvrelay.openai_proxy.event_stream import ClientGoneError
-from kvrelay.openai_proxy.gateway import Gateway
+from kvrelay.openai_proxy.gateway import BodyTooLargeError, Gateway
 from kvrelay.openai_proxy.metrics import ProxyMetrics
 from kvrelay.openai_proxy.responses import create_response
 from kvrelay.openai_proxy.service import ProxyService
@@ -141,6 +141,11 @@ def _add_error_handlers(app: FastAPI) -> None:
         answer.headers.update(error.headers or {})
         return answer
 
+    async def on_large_body(request: Request, error: BodyTooLargeError) -> Response:
+        answer = await on_api_error(request, error.error)
+        answer.headers.update(error.headers or {})
+        return answer
+
     async def on_gone(_: Request, error: ClientGoneError) -> Response:
         return Response(status_code=499)
 
@@ -152,6 +157,7 @@ def _add_error_handlers(app: FastAPI) -> None:
         KVRelayError: on_kvrelay_error,
         RequestValidationError: on_invalid,
         HTTPException: on_http_error,
+        BodyTooLargeError: on_large_body,
         ClientGoneError: on_gone,
         Exception: on_bug,
     }

@@ -12,6 +12,7 @@ from typing import Final
 from uuid import uuid4
 
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvrelay.core.client_types import MAX_REQUEST_ID_CHARS
@@ -26,6 +27,14 @@ logger = logging.getLogger("kvrelay.openai_proxy")
 _ASKING_PATHS: Final = ("/v1/", "/tokenize", "/detokenize")
 _REQUEST_ID: Final = re.compile(rf"[\x21-\x7e]{{1,{MAX_REQUEST_ID_CHARS - 8}}}")
 _NUM_KNOWN_PATHS_MAX: Final = 64
+
+
+class BodyTooLargeError(HTTPException):
+    """Found out while the body is read, where the web framework lets only its own kind of error through."""
+
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(error.status, error.message, {"connection": "close"})
+        self.error = error
 
 
 class Gateway:
@@ -115,7 +124,10 @@ class _Passage:
         message = await self._receive()
         if message["type"] == "http.request":
             self._num_body_bytes += len(message.get("body", b""))
-            self._check_length(self._num_body_bytes)
+            try:
+                self._check_length(self._num_body_bytes)
+            except ApiError as error:
+                raise BodyTooLargeError(error) from None
         return message
 
     async def send(self, message: Message) -> None:

@@ -138,6 +138,7 @@ class _Supervisor:
         sys.exit(EXIT_OK)
 
     def _stop(self) -> None:
+        self._listening.close()  # Once the workers have too, callers are sent to another proxy.
         processes = [process for process, _ in self._workers.values()]
         for process in processes:
             process.terminate()

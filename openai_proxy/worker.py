@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
+import signal
 import socket
+import sys
 
 import uvicorn
 
@@ -34,6 +36,14 @@ def run_worker(config: ProxyConfig, access: Access, listening: socket.socket) ->
             timeout_graceful_shutdown=max(1, round(config.drain_timeout_s)),
         )
     )
+
+    def on_signal(number: int, frame: object) -> None:
+        """Before the server has its own handlers, and again once it is done: it repeats what it was sent."""
+        if not server.started:
+            sys.exit(0)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
     # What has been loaded stays: the collector need not look at it again.
     gc.collect()
     gc.freeze()
