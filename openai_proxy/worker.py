@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import signal
 import socket
+from types import FrameType
 
 import uvicorn
 
@@ -16,7 +18,7 @@ from kvrelay.openai_proxy.metrics import ProxyMetrics
 def run_worker(config: ProxyConfig, access: Access, listening: socket.socket) -> None:
     """Serve until SIGTERM or SIGINT; then let what runs finish for at most `drain_timeout_s`."""
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    server = uvicorn.Server(
+    server = _Server(
         uvicorn.Config(
             make_app(config, access, ProxyMetrics()),
             loop="uvloop",
@@ -34,3 +36,11 @@ def run_worker(config: ProxyConfig, access: Access, listening: socket.socket) ->
         )
     )
     server.run(sockets=[listening])
+
+
+class _Server(uvicorn.Server):
+    """Returns from `run` when a signal has stopped it; uvicorn's own would then die of that signal."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
