@@ -8,8 +8,10 @@ PYTEST_WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+NODE_TESTS := tests/openai_proxy/node
+NODE_STAMP := $(NODE_TESTS)/node_modules/.installed
 
-.PHONY: help setup demo up test lint types imports proto proto-check unit bench test-load clean
+.PHONY: help setup demo up test lint types imports proto proto-check unit test-node test-load bench clean
 .DEFAULT_GOAL := help
 
 help: ## This text
@@ -56,6 +58,14 @@ proto-check: $(STAMP) ## The generated code is the one that the .proto files giv
 unit: $(STAMP) ## pytest
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS)
 
+test-node: $(STAMP) $(NODE_STAMP) ## The openai package for Node against a cluster (needs node >= 20 and npm)
+	$(BIN)/python -m tests.openai_proxy.node.run_against_cluster
+
+$(NODE_STAMP): $(NODE_TESTS)/package.json $(NODE_TESTS)/package-lock.json
+	@command -v npm >/dev/null || { echo "test-node needs node and npm"; exit 1; }
+	npm ci --prefix $(NODE_TESTS) --no-audit --no-fund --loglevel=error
+	@touch $@
+
 bench: $(STAMP) ## The benchmarks; each prints what it compares with, measured in the same run
 	$(BIN)/python -m benchmarks.run_all
 
@@ -71,4 +81,4 @@ test-load: $(STAMP) $(LOAD_STAMP) ## An independent load tool (guidellm) against
 	$(BIN)/python -m benchmarks.load_tool --guidellm .venv-load/bin/guidellm
 
 clean: ## Remove .venv and caches (not the model in ~/.cache/kvrelay)
-	rm -rf $(VENV) .venv-load build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-load $(NODE_TESTS)/node_modules build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
