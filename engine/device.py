@@ -19,6 +19,7 @@ from kvrelay.engine.linear import (
     PlainEmbedding,
     PlainLinear,
 )
+from kvrelay.engine.row_operations import RowOperations, TorchRows
 
 TORCH_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -41,6 +42,8 @@ class Device(Protocol):
     def kv_store(self, layout: KVLayout, cache: Tensor) -> KVStore: ...
 
     def attention(self, cache: Tensor, num_heads: int) -> Attention: ...
+
+    def rows(self, dtype: torch.dtype, head_dim: int, rms_norm_eps: float) -> RowOperations: ...
 
 
 class CpuDevice:
@@ -81,3 +84,6 @@ class CpuDevice:
 
     def attention(self, cache: Tensor, num_heads: int) -> Attention:
         return CpuAttention(cache, num_heads)
+
+    def rows(self, dtype: torch.dtype, head_dim: int, rms_norm_eps: float) -> RowOperations:
+        return TorchRows(rms_norm_eps)

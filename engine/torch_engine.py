@@ -51,9 +51,9 @@ class TorchEngine(PagedEngine):
             )
             cache = device.kv_cache(layout)
             attention = device.attention(cache, model_config.num_heads)
-        runner = ModelRunner(
-            Transformer(model_config, weights, attention), attention, device.kv_store(layout, cache)
-        )
+            rows = device.rows(cache.dtype, model_config.head_dim, model_config.rms_norm_eps)
+        model = Transformer(model_config, weights, attention, rows)
+        runner = ModelRunner(model, attention, device.kv_store(layout, cache))
         info = _engine_info(model_config, config, layout, max_model_len, name, model_digest(folder))
         limits = SchedulerLimits(config.max_num_seqs, config.max_num_batched_tokens, config.max_waiting)
         super().__init__(info, runner, limits, spread_blocks=True, layers_per_group=config.layers_per_group)
