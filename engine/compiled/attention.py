@@ -73,6 +73,7 @@ class CompiledAttention:
 
     def attend(self, layer: int, queries: Tensor) -> Tensor:
         num_singles = len(self._ends)
+        assert torch.get_num_threads() <= len(self._sums)
         attended = torch.empty_like(queries, memory_format=torch.contiguous_format)
         if num_singles:
             key_slots, value_slots = self._slots[layer]

@@ -25,7 +25,8 @@ class OpenMP:
     """Runs kernels on the calling thread's OpenMP team.
 
     Raises:
-        AttributeError: this torch was built without OpenMP.
+        AttributeError: this torch was built without OpenMP, or with one that lacks GCC's entry points.
+        ImportError: torch's threads are another library's.
     """
 
     def __init__(self) -> None:
@@ -33,6 +34,8 @@ class OpenMP:
         for name in (_THREAD_NUM, _NUM_THREADS):
             address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
             llvmlite.binding.add_symbol(name, address)
+        if not _runs_torch(library):
+            raise ImportError("torch runs on another OpenMP library than it is linked to")
         # Source: libgomp's and LLVM's ABI, stable since GCC 4.9 (OpenMP 4.0).
         self._parallel = library.GOMP_parallel
         self._parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
@@ -41,6 +44,17 @@ class OpenMP:
     def run(self, kernel: int, arguments: int, num_threads: int) -> None:
         """Call ``kernel(arguments)``, both addresses, on that many threads, and wait for them all."""
         self._parallel(kernel, arguments, num_threads, 0)
+
+
+def _runs_torch(library: ctypes.CDLL) -> bool:
+    """Whether the calling thread's team has one size there and in torch: a preloaded library may be what
+    torch really calls, and two teams would take turns on the same cores."""
+    num_threads = torch.get_num_threads()
+    library.omp_set_num_threads(num_threads + 1)
+    try:
+        return torch.get_num_threads() == num_threads + 1
+    finally:
+        library.omp_set_num_threads(num_threads)
 
 
 @njit
