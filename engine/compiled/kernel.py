@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
+from pickle import UnpicklingError
 from struct import Struct
 from threading import Lock
 from typing import Final
@@ -27,8 +29,9 @@ KernelFunction = Callable[[Integers], None]
 _SIGNATURE: Final = types.void(types.CPointer(types.int64))
 _MAX_ARGUMENTS: Final = 16
 _PACKINGS: Final = tuple(Struct(f"={num}q") for num in range(_MAX_ARGUMENTS + 1))
-_ELEMENTS_PER_THREAD: Final = 16384
-"""A thread takes part only where it has this much to read or write; waking it costs as much."""
+_SHARED_ELEMENTS_MIN: Final = 16384
+"""Less to read or write than this is done by the calling thread; waking others costs as much."""
+_KERNEL_CALL: Final = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _compile_lock: Final = Lock()
 """Where numba keeps compiled code is a setting of the process."""
 
@@ -44,14 +47,22 @@ class Kernel:
         self._openmp = openmp
         self.compiled: Final = _compile(function, variant)
         self._address: int = self.compiled.address
+        self._call = _KERNEL_CALL(self._address)
         self._arguments = (ctypes.c_int64 * _MAX_ARGUMENTS)()
         self._arguments_address = ctypes.addressof(self._arguments)
 
     def __call__(self, num_elements: int, *arguments: int) -> None:
-        """`num_elements`, the size of the work, decides how many of torch's threads share it."""
+        """`num_elements`, the size of the work, decides whether torch's threads share it.
+
+        All of them or none: libgomp ends the threads that a smaller team leaves out, and makes new ones for
+        the next larger team.
+        """
         _PACKINGS[len(arguments)].pack_into(self._arguments, 0, *arguments)
-        num_threads = min(torch.get_num_threads(), 1 + num_elements // _ELEMENTS_PER_THREAD)
-        self._openmp.run(self._address, self._arguments_address, num_threads)
+        num_threads = torch.get_num_threads() if num_elements >= _SHARED_ELEMENTS_MIN else 1
+        if num_threads == 1:
+            self._call(self._arguments_address)
+        else:
+            self._openmp.run(self._address, self._arguments_address, num_threads)
 
 
 def _compile(function: KernelFunction, variant: str) -> numba.core.ccallback.CFunc:
@@ -59,10 +70,17 @@ def _compile(function: KernelFunction, variant: str) -> numba.core.ccallback.CFu
         folder, before = _cache_folder(variant), numba.config.CACHE_DIR
         numba.config.CACHE_DIR = str(folder or "")
         try:
-            decorate = cfunc(_SIGNATURE, fastmath=FAST_MATH, error_model="numpy", cache=folder is not None)
-            return decorate(function)
+            return _decorate(function, cache=folder is not None)
+        except (EOFError, OSError, UnpicklingError):  # As a power cut or a full disk leaves it.
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+            return _decorate(function, cache=False)
         finally:
             numba.config.CACHE_DIR = before
+
+
+def _decorate(function: KernelFunction, cache: bool) -> numba.core.ccallback.CFunc:
+    return cfunc(_SIGNATURE, fastmath=FAST_MATH, error_model="numpy", cache=cache)(function)
 
 
 def _cache_folder(variant: str) -> Path | None:

@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from kvrelay.engine.compiled.arithmetic import exp, pointer
 from kvrelay.engine.compiled.kernel import Kernel
 from kvrelay.engine.compiled.openmp import OpenMP, own_share, thread_index
 from kvrelay.engine.compiled.row_kernels import write_kernel
+from kvrelay.engine.compiled.rows import CompiledRows
 from kvrelay.engine.config import EngineConfig
 from kvrelay.engine.cpu_attention import CpuAttention
 from kvrelay.engine.row_operations import TorchRows
@@ -83,6 +85,49 @@ def test_exp_beyond_its_range():
     assert np.array_equal(values, np.array([0, 0, 0, 1, *[np.inf] * 3, np.nan], np.float32), equal_nan=True)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="lists threads in /proc")
+def test_work_of_any_size_keeps_torchs_threads_alive():
+    kernel, owners = Kernel(OpenMP(), sharing_kernel(), "test"), np.zeros(100, dtype=np.int64)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        kernel(1 << 30, owners.ctypes.data, len(owners))
+        threads = set(os.listdir("/proc/self/task"))
+        for num_elements in (100, 20_000, 40_000, 1 << 30):
+            kernel(num_elements, owners.ctypes.data, len(owners))
+        assert set(os.listdir("/proc/self/task")) == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_torch_on_another_openmp_library_falls_back(monkeypatch, caplog):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # Whatever is set in the one that is found.
+    with caplog.at_level(logging.INFO):
+        cpu = device.CpuDevice()
+    assert "another OpenMP library" in caplog.text
+    assert isinstance(cpu.rows(torch.float32, 8, 1e-5), TorchRows)
+
+
+def test_a_torch_without_gccs_entry_points_falls_back(monkeypatch, caplog):
+    monkeypatch.setattr("kvrelay.engine.compiled.openmp.ctypes.CDLL", lambda path: object())
+    with caplog.at_level(logging.INFO):
+        cpu = device.CpuDevice()
+    assert "no kernels" in caplog.text
+    assert isinstance(cpu.rows(torch.float32, 8, 1e-5), TorchRows)
+
+
+def test_two_engine_threads_at_once_get_what_each_gets_alone():
+    gate_up = [torch.randn(64, 1152, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    operations = [CompiledRows(OpenMP(), torch.float32, 64, 1e-5) for _ in gate_up]
+    alone = [rows.gate(values) for rows, values in zip(operations, gate_up, strict=True)]
+
+    def repeat(index):
+        return all(torch.equal(operations[index].gate(gate_up[index]), alone[index]) for _ in range(100))
+
+    with ThreadPoolExecutor(len(gate_up)) as pool:
+        assert all(pool.map(repeat, range(len(gate_up))))
+
+
 COUNT_THREADS = """
 import os, torch
 torch.set_num_threads(3)
@@ -129,6 +174,16 @@ print(Kernel(OpenMP(), write_kernel(numpy.float32), "float32").compiled.cache_hi
 def test_a_second_process_finds_kernels_compiled(tmp_path):
     assert run_python(COMPILE, KVRELAY_CACHE=str(tmp_path)) == ["0"]
     assert run_python(COMPILE, KVRELAY_CACHE=str(tmp_path)) == ["1"]
+
+
+@pytest.mark.parametrize("suffix", [".nbi", ".nbc"])
+@pytest.mark.parametrize("num_bytes_left", [0, 20])
+def test_a_damaged_cache_is_made_anew(tmp_path, suffix, num_bytes_left):
+    run_python(COMPILE, KVRELAY_CACHE=str(tmp_path))
+    (damaged,) = tmp_path.rglob(f"*{suffix}")
+    damaged.write_bytes(damaged.read_bytes()[:num_bytes_left])
+    for hits in ("0", "0", "1"):  # The first compiles without a cache, the second fills it.
+        assert run_python(COMPILE, KVRELAY_CACHE=str(tmp_path)) == [hits]
 
 
 def test_kernels_do_without_a_cache(tmp_path, monkeypatch):
