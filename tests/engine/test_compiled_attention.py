@@ -16,6 +16,7 @@ SHAPES = {
     "smollm2": (16, 3, 3, 64),
     "one-kv-head": (8, 1, 4, 32),
     "no-groups": (4, 4, 1, 128),
+    "groups-of-eight": (16, 2, 8, 128),
     "odd": (5, 2, 7, 24),
     "blocks-of-one": (1, 2, 2, 16),
 }
