@@ -10,8 +10,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FUZZ_VENV := .venv-fuzz
 FUZZ_STAMP := $(FUZZ_VENV)/.installed
+NODE_TESTS := tests/openai_proxy/node
+NODE_STAMP := $(NODE_TESTS)/node_modules/.installed
 
-.PHONY: help setup demo up test lint types imports proto proto-check unit test-fuzz bench test-load clean
+.PHONY: help setup demo up test lint types imports proto proto-check unit test-node test-fuzz test-load bench clean
 .DEFAULT_GOAL := help
 
 help: ## This text
@@ -68,6 +70,14 @@ $(FUZZ_STAMP): pyproject.toml Makefile
 	$(FUZZ_VENV)/bin/python -m pip install -q --group fuzz
 	@touch $(FUZZ_STAMP)
 
+test-node: $(STAMP) $(NODE_STAMP) ## The openai package for Node against a cluster (needs node >= 20 and npm)
+	$(BIN)/python -m tests.openai_proxy.node.run_against_cluster
+
+$(NODE_STAMP): $(NODE_TESTS)/package.json $(NODE_TESTS)/package-lock.json
+	@command -v npm >/dev/null || { echo "test-node needs node and npm"; exit 1; }
+	npm ci --prefix $(NODE_TESTS) --no-audit --no-fund --loglevel=error
+	@touch $@
+
 bench: $(STAMP) ## The benchmarks; each prints what it compares with, measured in the same run
 	$(BIN)/python -m benchmarks.run_all
 
@@ -82,5 +92,5 @@ $(LOAD_STAMP): Makefile
 test-load: $(STAMP) $(LOAD_STAMP) ## An independent load tool (guidellm) against a whole cluster: no request may fail
 	$(BIN)/python -m benchmarks.load_tool --guidellm .venv-load/bin/guidellm
 
-clean: ## Remove .venv, .venv-fuzz and caches (not the model in ~/.cache/kvrelay)
-	rm -rf $(VENV) .venv-load build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+clean: ## Remove .venv, .venv-* and caches (not the model in ~/.cache/kvrelay)
+	rm -rf $(VENV) $(FUZZ_VENV) .venv-load $(NODE_TESTS)/node_modules build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -18,6 +18,7 @@ BENCHMARKS = (
     "cluster_overhead",
     "kv_transfer",
     "router_session",
+    "client_stream",
     "proxy_streams",
     "router_core",
     "client_tokenize",

@@ -14,9 +14,11 @@ from typing import Final, Self, Unpack
 import grpc
 
 from kvrelay.client.addresses import DEFAULT_PORT, parse_addresses
+from kvrelay.client.chat_template import check_template_inputs
 from kvrelay.client.config import ClientConfig, default_cache_dir
 from kvrelay.client.generation import Generation, GenerationParts
 from kvrelay.client.generation_ask import (
+    MAX_TOOLS,
     AskOptions,
     GenerationAsk,
     PreparedCall,
@@ -248,6 +250,7 @@ class AsyncClient:
     ) -> tuple[int, ...]:
         """Token ids of a conversation, as `generate` makes them of ``messages``."""
         check_messages(messages)
+        check_template_inputs(tools, template_variables, max_tools=MAX_TOOLS)
         tokenizer = await self.tokenizer(model)
         return await self._tokenizing.encode_chat(
             tokenizer,

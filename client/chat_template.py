@@ -20,6 +20,15 @@ from kvrelay.core.errors import InvalidRequest, KVRelayError
 
 MAX_TEMPLATE_CHARS: Final = 1 << 20
 MAX_RENDERED_CHARS: Final = 32 << 20
+_TEMPLATE_FAULTS: Final = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    RecursionError,
+)
 
 
 class RenderOptions(TypedDict, total=False):
@@ -75,7 +84,7 @@ class ChatTemplate:
             text.encode()  # fails where a tool's text has half a surrogate pair, which can't be tokenized
             return text
         # A template may do anything with what it is given; whatever it trips over is these messages.
-        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+        except _TEMPLATE_FAULTS as error:
             raise InvalidRequest(
                 f"messages do not fit the model's chat template: {error}", field="messages"
             ) from error
@@ -89,6 +98,25 @@ class ChatTemplate:
             if num_chars > MAX_RENDERED_CHARS:
                 raise ValueError(f"the prompt is longer than {MAX_RENDERED_CHARS} characters")
         return "".join(parts)
+
+
+def check_template_inputs(
+    tools: Sequence[Mapping[str, object]] | None,
+    template_variables: Mapping[str, object] | None,
+    *,
+    max_tools: int,
+) -> None:
+    """What a chat template gets beside messages: a bounded number of mappings; values by name. Raises,
+    naming the field."""
+    if tools is not None and len(tools) > max_tools:
+        raise InvalidRequest(f"tools has {len(tools)} entries, at most {max_tools}", field="tools")
+    for index, tool in enumerate(tools or ()):
+        if not isinstance(tool, Mapping):
+            raise InvalidRequest(f"tools[{index}] must be a mapping", field=f"tools[{index}]")
+    if template_variables is not None and not (
+        isinstance(template_variables, Mapping) and all(isinstance(name, str) for name in template_variables)
+    ):
+        raise InvalidRequest("template_variables must map names to values", field="template_variables")
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

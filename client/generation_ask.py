@@ -8,6 +8,7 @@ from random import SystemRandom
 from typing import Any, Final, Protocol, TypedDict
 from uuid import uuid4
 
+from kvrelay.client.chat_template import check_template_inputs
 from kvrelay.client.model_tokenizer import ModelTokenizer
 from kvrelay.client.output_text import OutputText
 from kvrelay.client.stop_strings import StopStrings
@@ -67,6 +68,7 @@ class GenerationAsk:
         if not isinstance(self.sampling, SamplingParams):
             raise InvalidRequest(f"sampling must be SamplingParams, got {self.sampling!r}", field="sampling")
         self._check_prompt()
+        check_template_inputs(self.tools, self.template_variables, max_tools=MAX_TOOLS)
         self._check_stop()
 
     def _check_names(self) -> None:
@@ -188,8 +190,12 @@ async def prepare_call(ask: GenerationAsk, models: ModelSource, tokenizing: Toke
         model, hidden_ids = info.name, hidden_ids + info.eos_token_ids
     token_ids = await _prompt_token_ids(ask, tokenizer, tokenizing)
     request = TokenRequest(token_ids, len(token_ids), _with_seed(ask.sampling), ask.cache_salt)
+    if ask.stop and tokenizer is None:
+        raise InvalidRequest("stop can't be found in text: the model has no tokenizer", field="stop")
     detokenizer = None
     if tokenizer and ask.decode_text:
+        if ask.sampling.ignore_eos and not ask.skip_special_tokens:
+            hidden_ids = ask.sampling.stop_token_ids  # an end-of-sequence token ends nothing then
         detokenizer = tokenizer.detokenizer(
             hidden_ids=hidden_ids, skip_special_tokens=ask.skip_special_tokens
         )

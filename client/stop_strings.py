@@ -16,6 +16,7 @@ class StopStrings:
     def __init__(self, stops: Sequence[str], *, include_stop: bool = False, min_tokens: int = 0) -> None:
         self.matched: str | None = None
         self._stops = tuple(stops)
+        self._first_chars = frozenset(stop[0] for stop in stops)
         self._include_stop = include_stop
         self._min_tokens = min_tokens
         self._held = ""
@@ -26,6 +27,8 @@ class StopStrings:
         """Take the text that settled with the output's token number `num_tokens` (from 1); returns what can
         be given out. Nothing may be pushed after a match."""
         assert self.matched is None
+        if not self._held and self._first_chars.isdisjoint(text):
+            return text
         self._held += text
         if num_tokens <= self._min_tokens:
             self._num_free_chars = len(self._held)
@@ -54,6 +57,8 @@ class StopStrings:
         """The longest end of `_held` that some stop string begins with."""
         longest = max(map(len, self._stops)) - 1
         for size in range(min(len(self._held), longest), 0, -1):
+            if self._held[-size] not in self._first_chars:
+                continue
             end = self._held[-size:]
             if any(len(stop) > size and stop.startswith(end) for stop in self._stops):
                 return size

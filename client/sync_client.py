@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Self, Unpack
@@ -94,6 +94,26 @@ class Client:
             lambda: self._client.tokenize(text, model=model, add_special_tokens=add_special_tokens)
         )
 
+    def tokenize_chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        model: str = "",
+        add_generation_prompt: bool = True,
+        template_variables: Mapping[str, object] | None = None,
+    ) -> tuple[int, ...]:
+        """Token ids of a conversation; see `AsyncClient.tokenize_chat`."""
+        return self._thread.run(
+            lambda: self._client.tokenize_chat(
+                messages,
+                tools=tools,
+                model=model,
+                add_generation_prompt=add_generation_prompt,
+                template_variables=template_variables,
+            )
+        )
+
     def detokenize(
         self, token_ids: Sequence[int], *, model: str = "", skip_special_tokens: bool = True
     ) -> str:
@@ -136,6 +156,11 @@ class BlockingStream:
     def token_ids(self) -> tuple[int, ...]:
         """All output tokens read so far."""
         return self._stream.token_ids
+
+    @property
+    def prompt_token_ids(self) -> tuple[int, ...]:
+        """The prompt as the model is shown it; empty before the first read."""
+        return self._stream.prompt_token_ids
 
     @property
     def result(self) -> GenerationResult:

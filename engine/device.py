@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Final, Protocol
+import logging
+from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +20,12 @@ from kvrelay.engine.linear import (
     PlainEmbedding,
     PlainLinear,
 )
+from kvrelay.engine.row_operations import RowOperations, TorchRows
+
+if TYPE_CHECKING:
+    from kvrelay.engine.compiled.openmp import OpenMP
+
+logger = logging.getLogger(__name__)
 
 TORCH_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -42,11 +49,14 @@ class Device(Protocol):
 
     def attention(self, cache: Tensor, num_heads: int) -> Attention: ...
 
+    def rows(self, dtype: torch.dtype, head_dim: int, rms_norm_eps: float) -> RowOperations: ...
+
 
 class CpuDevice:
-    """Host memory; weights are packed by oneDNN where torch has it."""
+    """Host memory; weights are packed by oneDNN where torch has it; kernels compiled where numba is there."""
 
     def __init__(self) -> None:
+        self._openmp = _openmp()
         self._packs = bool(torch._C._has_mkldnn) and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
@@ -80,4 +90,27 @@ class CpuDevice:
         return HostKVStore(layout, slots.numpy())
 
     def attention(self, cache: Tensor, num_heads: int) -> Attention:
-        return CpuAttention(cache, num_heads)
+        attention = CpuAttention(cache, num_heads)
+        if self._openmp is None:
+            return attention
+        from kvrelay.engine.compiled.attention import CompiledAttention
+
+        return CompiledAttention(self._openmp, cache, num_heads, attention)
+
+    def rows(self, dtype: torch.dtype, head_dim: int, rms_norm_eps: float) -> RowOperations:
+        if self._openmp is None:
+            return TorchRows(rms_norm_eps)
+        from kvrelay.engine.compiled.rows import CompiledRows
+
+        return CompiledRows(self._openmp, dtype, head_dim, rms_norm_eps)
+
+
+def _openmp() -> OpenMP | None:
+    """None: there is no numba, or this torch has no OpenMP; torch's own operations have to do."""
+    try:
+        from kvrelay.engine.compiled.openmp import OpenMP
+
+        return OpenMP()
+    except (ImportError, AttributeError) as error:
+        logger.info("no kernels of our own, so decoding is slower: %s", error)
+        return None

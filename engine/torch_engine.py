@@ -52,9 +52,10 @@ class TorchEngine(PagedEngine):
             )
             cache = device.kv_cache(layout)
             attention = device.attention(cache, model_config.num_heads)
+            rows = device.rows(cache.dtype, model_config.head_dim, model_config.rms_norm_eps)
         vocab_size, eos_token_ids = model_config.vocab_size, model_config.eos_token_ids
         runner = ModelRunner(
-            Transformer(model_config, weights, attention),
+            Transformer(model_config, weights, attention, rows),
             attention,
             device.kv_store(layout, cache),
             GrammarCompiler(folder, vocab_size, eos_token_ids, config.grammar),

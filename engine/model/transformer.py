@@ -6,13 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
 from kvrelay.engine.attention import Attention
 from kvrelay.engine.linear import Embedding, Linear
 from kvrelay.engine.model.config import ModelConfig
-from kvrelay.engine.model.rope import apply_rope
+from kvrelay.engine.row_operations import RowOperations
 
 LayerDone = Callable[[int], None]
 
@@ -55,10 +54,13 @@ class TokenBatch:
 class Transformer:
     """A loaded model over one attention, whose `begin` has been called for the batch."""
 
-    def __init__(self, config: ModelConfig, weights: ModelWeights, attention: Attention) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: ModelWeights, attention: Attention, rows: RowOperations
+    ) -> None:
         self._config = config
         self._weights = weights
         self._attention = attention
+        self._rows = rows
         self._query_size = config.num_heads * config.head_dim
         self._kv_size = config.num_kv_heads * config.head_dim
 
@@ -81,30 +83,28 @@ class Transformer:
             hidden = layer.down.add_to(hidden, self._gated(layer, hidden))
         if not len(hidden):
             return torch.empty((0, self._config.vocab_size))
-        return weights.output(self._norm(hidden, weights.final_norm)).float()
+        return weights.output(self._rows.rms_norm(hidden, weights.final_norm)).float()
 
     def _attend(
         self, index: int, layer: LayerWeights, hidden: Tensor, cosines: Tensor, sines: Tensor
     ) -> Tensor:
         """``[num_rows, num_heads * head_dim]``; stores the rows' keys and values."""
         config = self._config
-        projected = layer.qkv(self._norm(hidden, layer.input_norm))
+        projected = layer.qkv(self._rows.rms_norm(hidden, layer.input_norm))
         rotary, values = torch.split(projected, [self._query_size + self._kv_size, self._kv_size], 1)
         heads = rotary.view(len(hidden), -1, config.head_dim)
         if layer.query_norm is not None and layer.key_norm is not None:
             heads = self._norm_heads(heads, layer.query_norm, layer.key_norm)
-        heads = apply_rope(heads, cosines, sines)
+        heads = self._rows.rotate(heads, cosines, sines)
         queries, keys = torch.split(heads, [config.num_heads, config.num_kv_heads], 1)
         self._attention.write(index, keys, values.view(len(hidden), -1, config.head_dim))
         return self._attention.attend(index, queries).flatten(1)
 
     def _norm_heads(self, heads: Tensor, query_norm: Tensor, key_norm: Tensor) -> Tensor:
         queries, keys = torch.split(heads, [self._config.num_heads, self._config.num_kv_heads], 1)
-        return torch.cat((self._norm(queries, query_norm), self._norm(keys, key_norm)), dim=1)
-
-    def _norm(self, rows: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(rows, weight.shape, weight, self._config.rms_norm_eps)
+        return torch.cat(
+            (self._rows.rms_norm(queries, query_norm), self._rows.rms_norm(keys, key_norm)), dim=1
+        )
 
     def _gated(self, layer: LayerWeights, hidden: Tensor) -> Tensor:
-        gate, up = layer.gate_up(self._norm(hidden, layer.post_attention_norm)).chunk(2, 1)
-        return F.silu(gate, inplace=True).mul_(up)
+        return self._rows.gate(layer.gate_up(self._rows.rms_norm(hidden, layer.post_attention_norm)))

@@ -118,11 +118,12 @@ def test_up_stays_serves_and_stops_in_order_on_sigterm(
         "decode-0.log",
         "decode-1.log",
         "prefill-0.log",
+        "proxy.log",
         "router.log",
     ]
 
 
-@pytest.mark.parametrize("name", ["router", "prefill", "decode"])
+@pytest.mark.parametrize("name", ["router", "prefill", "decode", "proxy"])
 def test_a_dead_child_is_named_with_its_last_words_and_all_others_stop(
     name: str, start_up: Callable[..., RunningUp]
 ) -> None:
@@ -140,7 +141,7 @@ def test_a_dead_child_is_named_with_its_last_words_and_all_others_stop(
 
 def test_no_orphan_outlives_an_up_that_was_killed(start_up: Callable[..., RunningUp]) -> None:
     running = start_up()
-    assert len(running.children) == 3
+    assert len(running.children) == 4
     running.process.kill()
     running.assert_nothing_is_left()
 

@@ -9,6 +9,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 
+from kvrelay.engine import device
 from kvrelay.engine.config import EngineConfig
 from kvrelay.engine.embedded_model import ensure_smollm2
 from kvrelay.engine.torch_engine import TorchEngine
@@ -82,3 +83,11 @@ def test_greedy_tokens_equal_transformers(smollm2_path, drive, request_of):
     assert driver.generate(*requests) == expected, "8 at once, with prefix hits"
     fresh = drive(TorchEngine(EngineConfig(model=str(smollm2_path), kv_bytes=200 << 20, max_num_seqs=8)))
     assert fresh.generate(*reversed(requests)) == expected[::-1], "8 at once, in another order, cold"
+
+
+def test_greedy_tokens_are_the_same_without_compiled_kernels(smollm2_path, drive, request_of, monkeypatch):
+    requests = [request_of(prompt, max_tokens=NUM_TOKENS) for prompt in prompts_of(smollm2_path)[::3]]
+    config = EngineConfig(model=str(smollm2_path), kv_bytes=200 << 20, max_num_seqs=8)
+    ours = drive(TorchEngine(config)).generate(*requests)
+    monkeypatch.setattr(device, "_openmp", lambda: None)
+    assert drive(TorchEngine(config)).generate(*requests) == ours

@@ -61,9 +61,8 @@ def test_completion_logprobs_are_columns_over_the_text(client: OpenAI, model: st
     (whole,), streamed = parts(False), parts(True)
     columns = whole.logprobs
     assert "".join(columns.tokens) == whole.text == "".join(part.text for part in streamed)
-    assert [
-        len(column) for column in (columns.token_logprobs, columns.top_logprobs, columns.text_offset)
-    ] == [len(columns.tokens)] * 3
+    for column in (columns.token_logprobs, columns.top_logprobs, columns.text_offset):
+        assert len(column) == len(columns.tokens)
     for token, offset in zip(columns.tokens, columns.text_offset, strict=True):
         assert whole.text[offset : offset + len(token)] == token
     for token, top in zip(columns.tokens, columns.top_logprobs, strict=True):
