@@ -171,7 +171,7 @@ async def test_a_request_cancelled_while_it_waits_for_its_report_is_cancelled(
 ) -> None:
     async def script(call: Any) -> None:
         await call.tokens(*encode("a dog"))
-        await call.wait_cancelled()
+        await call.cancelled.wait()
 
     text_router.script = script
     stream = client.generate("x", **NO_TOKENS_MISS)

@@ -60,7 +60,7 @@ def metaspace_tokenizer() -> Tokenizer:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
     tokenizer.add_special_tokens([AddedToken("<unk>", special=True)])
-    tokenizer.add_tokens([AddedToken("<| a b |>", normalized=False), AddedToken("<0x41>x", normalized=False)])
+    tokenizer.add_tokens([AddedToken("<| a b |>", normalized=False), AddedToken("▁x▁", normalized=False)])
     return tokenizer
 
 
@@ -95,7 +95,7 @@ def test_added_tokens_stand_for_their_own_words(
 ) -> None:
     for tokenizer in (metaspace_tokenizer, with_added_tokens):
         assert joined(tokenizer, "a<| a b |>日本b") == "a<| a b |>日本b".encode()
-    assert joined(metaspace_tokenizer, "<0x41>xb") == b"<0x41>xb"
+    assert joined(metaspace_tokenizer, "a▁x▁b") == "a▁x▁b".encode(), "no blanks: it was not normalized"
 
 
 @pytest.mark.parametrize("token_id", [-1, 300_000, 2**32, 2**40])

@@ -31,11 +31,11 @@ async def say_ok(call: Any) -> None:
 async def hang(call: Any) -> None:
     """One token, then nothing until the request is cancelled."""
     await call.tokens(1)
-    await call.wait_cancelled()
+    await call.cancelled.wait()
 
 
 async def hang_at_once(call: Any) -> None:
-    await call.wait_cancelled()
+    await call.cancelled.wait()
 
 
 @pytest.fixture(autouse=True)

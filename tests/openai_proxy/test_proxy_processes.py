@@ -120,7 +120,7 @@ async def say_ok(call: Any) -> None:
 
 async def hang(call: Any) -> None:
     await call.tokens(1)
-    await call.wait_cancelled()
+    await call.cancelled.wait()
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
