@@ -93,4 +93,4 @@ test-load: $(STAMP) $(LOAD_STAMP) ## An independent load tool (guidellm) against
 	$(BIN)/python -m benchmarks.load_tool --guidellm .venv-load/bin/guidellm
 
 clean: ## Remove .venv, .venv-* and caches (not the model in ~/.cache/kvrelay)
-	rm -rf $(VENV) $(FUZZ_VENV) .venv-load $(NODE_TESTS)/node_modules build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(FUZZ_VENV) .venv-load $(NODE_TESTS)/node_modules build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .schemathesis .import_linter_cache
