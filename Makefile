@@ -8,10 +8,12 @@ PYTEST_WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+FUZZ_VENV := .venv-fuzz
+FUZZ_STAMP := $(FUZZ_VENV)/.installed
 NODE_TESTS := tests/openai_proxy/node
 NODE_STAMP := $(NODE_TESTS)/node_modules/.installed
 
-.PHONY: help setup demo up test lint types imports proto proto-check unit test-node test-load bench clean
+.PHONY: help setup demo up test lint types imports proto proto-check unit test-node test-fuzz test-load bench clean
 .DEFAULT_GOAL := help
 
 help: ## This text
@@ -58,6 +60,16 @@ proto-check: $(STAMP) ## The generated code is the one that the .proto files giv
 unit: $(STAMP) ## pytest
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS)
 
+test-fuzz: $(STAMP) $(FUZZ_STAMP) ## Ask a cluster what its OpenAPI document allows and forbids: no answer may be a 5xx
+	$(BIN)/python -m tests.openai_proxy.fuzz.run $(FUZZ_VENV)/bin/schemathesis
+
+# Of its own: what it brings along must not decide the versions that everything else is tested with.
+$(FUZZ_STAMP): pyproject.toml Makefile
+	@test -x $(FUZZ_VENV)/bin/python || $(PYTHON) -m venv $(FUZZ_VENV)
+	$(FUZZ_VENV)/bin/python -m pip install -q --upgrade 'pip>=25.1'
+	$(FUZZ_VENV)/bin/python -m pip install -q --group fuzz
+	@touch $(FUZZ_STAMP)
+
 test-node: $(STAMP) $(NODE_STAMP) ## The openai package for Node against a cluster (needs node >= 20 and npm)
 	$(BIN)/python -m tests.openai_proxy.node.run_against_cluster
 
@@ -80,5 +92,5 @@ $(LOAD_STAMP): Makefile
 test-load: $(STAMP) $(LOAD_STAMP) ## An independent load tool (guidellm) against a whole cluster: no request may fail
 	$(BIN)/python -m benchmarks.load_tool --guidellm .venv-load/bin/guidellm
 
-clean: ## Remove .venv and caches (not the model in ~/.cache/kvrelay)
-	rm -rf $(VENV) .venv-load $(NODE_TESTS)/node_modules build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+clean: ## Remove .venv, .venv-* and caches (not the model in ~/.cache/kvrelay)
+	rm -rf $(VENV) $(FUZZ_VENV) .venv-load $(NODE_TESTS)/node_modules build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

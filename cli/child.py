@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from kvrelay.cli.parent_death import PARENT_VARIABLE
 from kvrelay.core.errors import KVRelayError
+from kvrelay.node.parent_death import PARENT_VARIABLE
 
 _OWN_VARIABLES: Final = ("KVRELAY_CONFIG", "KVRELAY_ROUTER")
 _POLL_S: Final = 0.03

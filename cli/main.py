@@ -19,8 +19,8 @@ from kvrelay.cli import (
     up_command,
 )
 from kvrelay.cli.exit_codes import describe_error, exit_code_of
-from kvrelay.cli.parent_death import die_with_parent
 from kvrelay.core.errors import KVRelayError
+from kvrelay.node.parent_death import die_with_parent
 
 EXIT_STATUS_TEXT = (
     "Exit status: 0 done; 1 failed; 2 bad usage, request or config;"

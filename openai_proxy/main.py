@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from kvrelay.core.errors import ConfigError
+from kvrelay.node.parent_death import die_with
 from kvrelay.node.ready_file import write_ready_file
 from kvrelay.openai_proxy.access import Access, ApiKey, read_keys
 from kvrelay.openai_proxy.config import ProxyConfig
@@ -86,6 +87,7 @@ class _Supervisor:
         self._listening = listening
         self._board = UsageBoard(len(keys), config.workers)
         self._workers: dict[int, tuple[BaseProcess, float]] = {}
+        self._pid = os.getpid()
         self._is_stopping = False
         self._wake_reader, self._wake_writer = socket.socketpair()
 
@@ -131,6 +133,7 @@ class _Supervisor:
         """In the new process."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
+        die_with(self._pid, signal.SIGTERM)
         from kvrelay.openai_proxy.worker import run_worker
 
         board = UsageBoard(len(self._keys), self._config.workers, worker, self._board.shared)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import signal
 import subprocess
@@ -78,7 +79,8 @@ async def until(condition: Callable[[], Awaitable[bool]]) -> None:
 
 def spawn(command: list[str], ready: Path, min_life_s: float) -> subprocess.Popen[bytes]:
     code = COMMAND.format(min_life_s=min_life_s)
-    return subprocess.Popen([sys.executable, "-c", code, *command, "--ready-file", str(ready)])
+    environ = {**os.environ, "TMPDIR": str(ready.parent)}
+    return subprocess.Popen([sys.executable, "-c", code, *command, "--ready-file", str(ready)], env=environ)
 
 
 @pytest.fixture
@@ -228,6 +230,28 @@ async def test_a_worker_that_dies_at_once_ends_the_proxy(start: Any) -> None:
     survivors.pop().kill()
     assert await proxy.ended() == 1
     assert not psutil.wait_procs(survivors, timeout=PATIENCE_S)[1]
+
+
+async def test_workers_let_their_streams_end_and_leave_when_their_supervisor_was_killed(
+    start: Any, router: Any
+) -> None:
+    may_end = asyncio.Event()
+
+    async def script(call: Any) -> None:
+        await call.tokens(1)
+        await may_end.wait()
+        await call.finish(FinishReason.STOP)
+
+    router.script = script
+    proxy = await start("--workers", "2")
+    workers = proxy.workers()
+    asking = asyncio.create_task(proxy.ask())
+    await router.wait_calls(1)
+    proxy.process.kill()
+    await proxy.ended()
+    may_end.set()
+    assert (await asking).status_code == 200
+    assert not (await asyncio.to_thread(psutil.wait_procs, workers, PATIENCE_S))[1]
 
 
 async def test_a_keys_limit_holds_over_all_workers(start: Any, router: Any, tmp_path: Path) -> None:

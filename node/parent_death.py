@@ -1,4 +1,4 @@
-"""A service that `kvrelay up` started never outlives it, however `up` ends."""
+"""A process that another one started never outlives it, however that ends."""
 
 from __future__ import annotations
 
@@ -23,26 +23,30 @@ def die_with_parent(environ: MutableMapping[str, str] = os.environ) -> None:
     SIGKILL, since nobody is left to serve: the parent asks politely as long as it lives.
     """
     named = environ.pop(PARENT_VARIABLE, "")
-    if not named.isdigit():
-        return
-    parent_pid = int(named)
+    if named.isdigit():
+        die_with(int(named), signal.SIGKILL)
+
+
+def die_with(parent_pid: int, number: signal.Signals) -> None:
+    """Send this process a signal as soon as its parent is gone."""
     if sys.platform == "linux":
-        _ask_kernel()
+        _ask_kernel(number)
     else:
-        threading.Thread(target=_watch, args=(parent_pid,), name="parent-watch", daemon=True).start()
+        arguments = (parent_pid, number)
+        threading.Thread(target=_watch, args=arguments, name="parent-watch", daemon=True).start()
     if os.getppid() != parent_pid:  # it died before the kernel was asked
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), number)
 
 
-def _ask_kernel() -> None:
+def _ask_kernel(number: signal.Signals) -> None:
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0:
+    if libc.prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
 
 
-def _watch(parent_pid: int) -> None:
+def _watch(parent_pid: int, number: signal.Signals) -> None:
     while os.getppid() == parent_pid:
         time.sleep(_POLL_S)
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), number)
