@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import re
 import secrets
 import time
@@ -16,6 +17,8 @@ from typing import Any, Final
 from kvrelay.core.errors import ConfigError
 from kvrelay.openai_proxy.errors import ApiError
 from kvrelay.openai_proxy.usage_board import UsageBoard
+
+logger = logging.getLogger(__name__)
 
 KEY_PREFIX: Final = "kvr-"
 MAX_KEYS: Final = 4096
@@ -120,6 +123,7 @@ class Grant:
         self._number = number
         self._key = key
         self._is_held = access is not None
+        self._counters: list[Callable[[], int]] = []
 
     @property
     def name(self) -> str:
@@ -137,10 +141,15 @@ class Grant:
         if self._access is not None:
             self._access.charge(self._number, num_tokens)
 
+    def count_at_end(self, num_tokens: Callable[[], int]) -> None:
+        """Charge, on release, what `num_tokens` says then."""
+        self._counters.append(num_tokens)
+
     def release(self) -> None:
         """The request is over; once is enough."""
         if self._access is not None and self._is_held:
             self._is_held = False
+            self.charge(sum(count() for count in self._counters))
             self._access.leave(self._number)
 
 
@@ -169,6 +178,7 @@ class Access:
         self._check_tokens(number, key)
         if self._board.enter(number) > key.max_concurrent > 0:
             self._board.leave(number)
+            logger.info("key=%s refused: max_concurrent", key.name)
             raise ApiError(
                 429,
                 f"key {key.name!r} has {key.max_concurrent} requests under way, which is its limit",
@@ -198,6 +208,7 @@ class Access:
             return
         now_s = self._now_s()
         if self._board.tokens(number, int(now_s // WINDOW_S)) >= key.tokens_per_minute:
+            logger.info("key=%s refused: tokens_per_minute", key.name)
             raise ApiError(
                 429,
                 f"key {key.name!r} has used its {key.tokens_per_minute} tokens of this minute",

@@ -152,7 +152,7 @@ async def _whole_answer(ask: ChatAsk, streams: list[GenerationStream]) -> dict[s
                 parts[index].add(chunk)
     results = [stream.result for stream in streams]
     for result in results:
-        ask.call.charge(result)
+        ask.call.count(result)
     choices = [
         part.choice(ask, index, result)
         for index, (part, result) in enumerate(zip(parts, results, strict=True))

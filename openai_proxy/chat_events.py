@@ -103,7 +103,7 @@ class _Choice:
     def end(self, stream: GenerationStream) -> bytes:
         """The last events."""
         result = stream.result
-        self._ask.call.charge(result)
+        self._ask.call.count(result)
         written = b"" if self._has_role else self._role()
         if self._parser is not None:
             written += self._parsed(self._parser.finish())

@@ -123,7 +123,7 @@ async def _whole_answer(ask: CompletionAsk, streams: list[GenerationStream]) -> 
     results = [stream.result for stream in streams]
     choices = []
     for index, (result, echo, columns) in enumerate(zip(results, echoes, logprobs, strict=True)):
-        ask.call.charge(result)
+        ask.call.count(result)
         choices.append(
             {
                 "index": index,
@@ -147,7 +147,7 @@ async def _events(ask: CompletionAsk, streams: list[GenerationStream]) -> AsyncG
     async with aclosing(read_choices(streams)) as chunks:
         async for index, chunk in chunks:
             if chunk is None:
-                ask.call.charge(streams[index].result)
+                ask.call.count(streams[index].result)
                 yield choices[index].end(str(streams[index].result.finish_reason))
             elif written := choices[index].add(chunk.text, chunk.token_ids, chunk.logprobs):
                 yield written

@@ -88,7 +88,7 @@ class _Answer:
         return self._emit("response.created", value) + self._emit("response.in_progress", value)
 
     def _closing(self, result: GenerationResult) -> bytes:
-        self._ask.call.charge(result)
+        self._ask.call.count(result)
         status = "incomplete" if result.finish_reason == "length" else "completed"
         written = self._output.end(status, self._emit)
         return written + self._emit(f"response.{status}", {"response": self._object(result)})

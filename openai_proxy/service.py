@@ -54,7 +54,7 @@ class Call:
         Raises:
             InvalidRequest: a field can't be served.
         """
-        return self.service.client.generate(
+        stream = self.service.client.generate(
             model=model.name,
             sampling=for_choice(sampling, index),
             timeout_s=self.service.config.request_timeout_s,
@@ -65,11 +65,13 @@ class Call:
             skip_special_tokens=body.skip_special_tokens,
             **prompt,
         )
+        # Counted when the request is over, however it ended: who leaves early pays for what was read.
+        self.grant.count_at_end(lambda: len(stream.prompt_token_ids) + stream.num_tokens)
+        return stream
 
-    def charge(self, result: GenerationResult) -> None:
-        """Count an answer's tokens against the key's limit, and in the metrics."""
+    def count(self, result: GenerationResult) -> None:
+        """Count a finished answer in the metrics."""
         num_prompt, num_output = result.report.num_prompt_tokens, len(result.token_ids)
-        self.grant.charge(num_prompt + num_output)
         self.service.metrics.count_answer(
             result.finish_reason, num_prompt, result.report.num_cached_tokens, num_output
         )

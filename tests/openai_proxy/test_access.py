@@ -109,6 +109,18 @@ def test_tokens_count_until_the_minute_is_over() -> None:
     admit(access)
 
 
+def test_what_was_read_counts_however_the_request_ended() -> None:
+    access = make(lambda: 60.0, tokens_per_minute=10)
+    grant, num_read = admit(access), [0]
+    grant.count_at_end(lambda: num_read[0])
+    grant.count_at_end(lambda: 3)
+    num_read[0] = 7
+    admit(access)
+    grant.release()
+    grant.release()
+    assert refusal(access, authorization=f"Bearer {ADA}").status == 429
+
+
 def test_a_private_cache_is_shared_with_nobody() -> None:
     def salts(*, private: bool) -> list[bytes]:
         keys = [ApiKey(name, hash_key(name), private_cache=private) for name in ("a", "b")]
