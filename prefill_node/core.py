@@ -4,7 +4,8 @@
     ------------  --------------------------------  ---------------------------------------------------
     (new)         StartPrefill                      open the push, submit              -> PREFILLING
     PREFILLING    first token                       token + PrefillFinished, finish    -> HANDING_OFF
-                  first token, and it is the last   token; end with AttemptFinished    -> CANCELLING
+                  first token, and it is the last   token + PrefillFinished;
+                                                      end with AttemptFinished         -> CANCELLING
                   the engine refuses                end with AttemptRefused            -> CANCELLING
                   the engine gives it up            end with AttemptFailed             -> CANCELLING
     HANDING_OFF   PushDone                          end with KVReleased                -> RELEASING
@@ -93,14 +94,14 @@ class PrefillNodeCore(NodeCore):
             out.tokens(attempt.router_epoch).append(
                 attempt.number, output.index, output.token_id, output.logprobs
             )
+        started_s = now_s if attempt.started_s is None else attempt.started_s
+        queue_s, compute_s = max(0.0, started_s - attempt.received_s), max(0.0, now_s - started_s)
+        finished = PrefillFinished(attempt.number, attempt.num_cached_tokens, queue_s, compute_s)
+        self._tell(attempt, finished, out)  # Of a one-token answer, too: it says what the cache held.
         if output.finish_reason is not None:
             self._end(attempt, AttemptFinished(attempt.number, output.finish_reason), out)
             return
         self._move(attempt, AttemptState.HANDING_OFF)
-        started_s = now_s if attempt.started_s is None else attempt.started_s
-        queue_s, compute_s = max(0.0, started_s - attempt.received_s), max(0.0, now_s - started_s)
-        finished = PrefillFinished(attempt.number, attempt.num_cached_tokens, queue_s, compute_s)
-        self._tell(attempt, finished, out)
         out.add(FinishPush(attempt.transfer_id, output.token_id))
 
     def _on_push_done(self, event: PushDone, now_s: float, out: EffectBuffer) -> None:

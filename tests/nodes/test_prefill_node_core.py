@@ -82,7 +82,7 @@ def test_a_first_token_that_finishes_goes_out_at_once_and_the_end_is_told_when_a
     p.prefill()
     assert p.token(finish=FinishReason.STOP) == [CancelTransfer(transfer_id)]
     assert p.tokens == [(7, 1, 0, 42)]
-    assert p.take_reports() == []
+    assert [type(report) for report in p.take_reports()] == [PrefillFinished]
     assert p.tell(TransferCancelled(transfer_id)) == [ReleaseSequence(key)]
     p.tell(SequenceReleased(key))
     assert p.take_reports() == [AttemptFinished(ONE, FinishReason.STOP)]

@@ -105,7 +105,7 @@ def test_a_key_with_a_private_cache_shares_no_prefix(client_of: Callable[[str], 
     question = "Which of these is a river of somebody's own? " + "Rhine, Rhone, Aare, Inn. " * 4
 
     def num_cached(name: str) -> int:
-        answer = client_of(name).chat.completions.create(**greedy(model, question, max_tokens=2))
+        answer = client_of(name).chat.completions.create(**greedy(model, question, max_tokens=1))
         return answer.usage.prompt_tokens_details.cached_tokens
 
     assert num_cached("private") == 0
