@@ -116,6 +116,12 @@ class TransferTimeout(TransferFailed):
     code = "TRANSFER_TIMEOUT"
 
 
+class TransferCancelled(TransferFailed):
+    """The sender of a KV transfer gave it up by its own will, and tells its router why."""
+
+    code = "TRANSFER_CANCELLED"
+
+
 class TransferCorrupt(TransferFailed):
     """A KV message failed verification: checksum, order, count, or prompt hash."""
 
@@ -149,6 +155,7 @@ GRPC_STATUS_NAME: Final[dict[str, str]] = {
     "OVERLOADED": "RESOURCE_EXHAUSTED",
     "TRANSFER_FAILED": "UNAVAILABLE",
     "TRANSFER_TIMEOUT": "UNAVAILABLE",
+    "TRANSFER_CANCELLED": "UNAVAILABLE",
     "TRANSFER_CORRUPT": "UNAVAILABLE",
     "KV_LAYOUT_MISMATCH": "FAILED_PRECONDITION",
     "ENGINE_FAILED": "UNAVAILABLE",

@@ -8,6 +8,7 @@ from kvrelay.core.errors import (
     KVLayoutMismatch,
     KVRelayError,
     Overloaded,
+    TransferCancelled,
     TransferCorrupt,
     TransferFailed,
     TransferTimeout,
@@ -15,7 +16,15 @@ from kvrelay.core.errors import (
 )
 
 _ALLOWED_CODES: Final = frozenset(
-    error.code for error in (TransferFailed, TransferTimeout, TransferCorrupt, KVLayoutMismatch, Overloaded)
+    error.code
+    for error in (
+        TransferFailed,
+        TransferTimeout,
+        TransferCancelled,
+        TransferCorrupt,
+        KVLayoutMismatch,
+        Overloaded,
+    )
 )
 
 

@@ -20,6 +20,7 @@ from typing import assert_never
 from kvrelay.core.errors import (
     KVLayoutMismatch,
     KVRelayError,
+    TransferCancelled,
     TransferCorrupt,
     TransferFailed,
     TransferTimeout,
@@ -257,7 +258,7 @@ class PushSession:
         is_offered = self.phase is not PushPhase.CONNECTING
         self.phase = PushPhase.DRAINING
         self._last_progress_s = now_s
-        code = error.code if error else TransferFailed.code
+        code = error.code if error else TransferCancelled.code
         message = error.message if error else "the sender cancelled the transfer"
         abort = SendToReceiver(Abort(self.spec.transfer_id, code, message))
         if not is_offered:

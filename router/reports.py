@@ -16,6 +16,7 @@ from kvrelay.core.errors import (
     KVLayoutMismatch,
     KVRelayError,
     NodeUnavailable,
+    TransferCancelled,
     TransferFailed,
     error_from_code,
 )
@@ -137,7 +138,8 @@ def _apply_finished(
 
 def _apply_hold_ended(life: Lifecycle, node: NodeState, attempt: Attempt, now_s: float) -> None:
     """A node let go by itself: right after the handoff for a prefill node, a failure for all else."""
-    if node.description.role is Role.PREFILL and attempt.entry.state is not RequestState.PREFILLING:
+    is_handed_over = attempt.entry.state is not RequestState.PREFILLING
+    if node.description.role is Role.PREFILL and is_handed_over and attempt.decode.state is SideState.LIVE:
         return
     error = NodeUnavailable(f"node {node.description.node_id} gave up its KV too early")
     life.fail_attempt(attempt, error, now_s, blamed=[node.description.node_id])
@@ -151,8 +153,16 @@ def _apply_failed(
         life.fail(attempt.entry, error, now_s)
     elif isinstance(report, AttemptRefused):
         life.refuse_attempt(attempt, error, now_s)
+    elif _is_explained_by_prefill(attempt, error):
+        # Its word is on another connection and may come later: the answer's only token, perhaps.
+        life.counters.num_cancelled_transfers += 1
     elif not survives_loss_of(attempt, node.description.role):
         life.fail_attempt(attempt, error, now_s, blamed=_blamed(node, attempt, error))
+
+
+def _is_explained_by_prefill(attempt: Attempt, error: KVRelayError) -> bool:
+    """Whether a prefill node that still has the attempt gave up the transfer, and so says why itself."""
+    return isinstance(error, TransferCancelled) and attempt.prefill.state is SideState.LIVE
 
 
 def _error_of(report: AttemptRefused | AttemptFailed) -> KVRelayError:

@@ -27,6 +27,8 @@ class Counters:
     num_continuations: int = 0
     num_attempts_refused: int = 0
     num_attempts_failed: int = 0
+    num_cancelled_transfers: int = 0
+    """Transfers whose prefill node gave them up, as after a first token that is the last."""
     num_nodes_lost: int = 0
     num_nodes_turned_away: int = 0
     num_tokens_delivered: int = 0

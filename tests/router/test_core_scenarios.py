@@ -48,6 +48,37 @@ def test_a_first_token_that_is_the_last_releases_the_decode_node(cluster: Any, s
     cluster.assert_books_empty()
 
 
+def test_a_transfer_that_its_prefill_node_gave_up_waits_for_that_nodes_word(cluster: Any, say: Any) -> None:
+    cluster.submit(max_tokens=1)
+    assert cluster.report("d1", say.failed(1, "TRANSFER_CANCELLED")) == []
+    assert cluster.state() == {"prefilling": 1}
+    lines = cluster.report("p1", say.finished(1), tokens=say.batch((1, 0, (10,))))
+    assert lines == ["1.1 += 10", "1.1 finished: length"]
+    cluster.assert_books_empty()
+
+
+@pytest.mark.parametrize("end", ["fails", "lets go", "is lost"])
+def test_a_given_up_transfer_is_continued_once_its_prefill_node_has_said_why(
+    cluster: Any, say: Any, end: str
+) -> None:
+    cluster.submit()
+    assert cluster.report("d1", say.failed(1, "TRANSFER_CANCELLED")) == []
+    if end == "is lost":
+        cluster.attach("p2")
+        lines = cluster.lose("p1")
+    else:
+        report = say.failed(1, "NODE_UNAVAILABLE") if end == "fails" else say.released(1)
+        lines = cluster.report("p1", report)
+    assert [line.rsplit(" ", 4)[0] for line in lines][:1] == ["d1 <- reserve"]
+
+
+def test_a_request_goes_on_when_neither_node_holds_its_kv_any_more(cluster: Any, say: Any) -> None:
+    cluster.submit()
+    cluster.first_token()
+    assert cluster.report("d1", say.failed(1, "TRANSFER_CANCELLED")) == []
+    assert cluster.report("p1", say.released(1)) == SECOND
+
+
 def test_decode_tokens_that_overtake_the_first_one_wait_for_it(cluster: Any, say: Any) -> None:
     cluster.submit()
     assert cluster.report("d1", say.verified(1)) == []
