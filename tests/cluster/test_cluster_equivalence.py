@@ -14,7 +14,7 @@ from kvrelay.engine.embedded_model import ensure_smollm2
 pytestmark = [pytest.mark.cluster, pytest.mark.model]
 NUM_TOKENS = 12
 NUM_BLOCKS = 1024
-INTERPRETER_AND_BUFFERS_BYTES = 350e6
+INTERPRETER_AND_BUFFERS_BYTES = 400e6  # A tenth of it is LLVM, which compiles kernels.
 
 TEXTS = [
     "The",
