@@ -115,15 +115,21 @@ class FakeRouter(router_pb2_grpc.RouterServicer):  # type: ignore[misc]
         self.unary_errors: list[KVRelayError] = []
         self.address = ""
         self.server: Any = None
+        self._stopping: asyncio.Task[None] | None = None
 
     async def start(self, port: int = 0) -> None:
         self.server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         router_pb2_grpc.add_RouterServicer_to_server(self, self.server)
         self.address = f"127.0.0.1:{self.server.add_insecure_port(f'127.0.0.1:{port}')}"
         await self.server.start()
+        self._stopping = None
 
     async def kill(self) -> None:
-        await self.server.stop(None)
+        """Stop at once. A script may call it, though that cancels the script; a second call waits for the
+        first."""
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self.server.stop(None))
+        await asyncio.shield(self._stopping)
 
     async def wait_calls(self, number: int) -> None:
         """Until that many calls have arrived in all."""
