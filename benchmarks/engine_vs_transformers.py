@@ -165,6 +165,43 @@ def measure(sides: list[Side], batch: int, prompt_tokens: int, output_tokens: in
     ]
 
 
+def matrix_flops_per_s(dtype: str, threads: int) -> float:
+    """The best rate of a product of 128 rows with packed weights: what arithmetic allows."""
+    import torch
+
+    from kvrelay.engine.linear import PackedLinear
+
+    torch.set_num_threads(threads)
+    out_features, in_features, num_rows = 16_384, 576, 128
+    linear = PackedLinear(torch.randn(out_features, in_features).to(getattr(torch, dtype)))
+    rows = torch.randn(num_rows, in_features).to(getattr(torch, dtype))
+    best_s = math.inf
+    for _ in range(20):
+        began_s = time.perf_counter()
+        linear(rows)
+        best_s = min(best_s, time.perf_counter() - began_s)
+    return 2.0 * out_features * in_features * num_rows / best_s
+
+
+def num_parameters(path: Path) -> int:
+    """Of all the weights that a token is multiplied with, the output layer's included."""
+    from kvrelay.engine.model.config import read_model_config
+
+    config = read_model_config(path)
+    heads = config.num_heads + 2 * config.num_kv_heads
+    attention = config.hidden_size * config.head_dim * (heads + config.num_heads)
+    layer = attention + 3 * config.hidden_size * config.intermediate_size
+    return config.num_layers * layer + config.vocab_size * config.hidden_size
+
+
+def print_limit(path: Path, dtype: str, threads: int, rows: list[Row]) -> None:
+    """What the matrix products alone would allow the largest batch."""
+    batch = max(row.batch for row in rows)
+    rate = matrix_flops_per_s(dtype, threads)
+    limit_tok_s = rate / (2 * num_parameters(path))
+    print(f"matrix products, {rate / 1e9:.0f} GFLOP/s, allow {limit_tok_s:.0f} tok/s at batch {batch}")
+
+
 def print_table(rows: list[Row]) -> None:
     print(f"{'batch':>5} {'prompt':>6} | {'prefill tok/s':^29} | {'decode tok/s':^29}")
     names = f"{'kvrelay':>9} {'transf.':>9} {'ratio':>9}"
@@ -208,6 +245,7 @@ def main() -> None:
     else:
         print(f"{path.name}, {args.dtype}, {args.threads} threads, best of {args.rounds}")
         print_table(rows)
+        print_limit(path, args.dtype, args.threads, rows)
 
 
 if __name__ == "__main__":
