@@ -48,18 +48,24 @@ class ByteDetokenizer:
     def __init__(self, token_bytes: TokenBytes, *, hidden_ids: frozenset[int] = frozenset()) -> None:
         self._token_bytes = token_bytes
         self._hidden_ids = hidden_ids
-        self._decode = _UTF8_DECODER(errors="replace").decode
+        self._decoder = _UTF8_DECODER(errors="replace")
+        self._is_between_characters = True
 
     def push(self, token_ids: Sequence[int]) -> str:
-        token_bytes, hidden_ids = self._token_bytes, self._hidden_ids
-        if len(token_ids) == 1:
-            token_id = token_ids[0]
-            return "" if token_id in hidden_ids else self._decode(token_bytes[token_id])
+        """As every detokenizer; most tokens are whole characters, which need no decoding."""
+        hidden_ids = self._hidden_ids
+        if self._is_between_characters and len(token_ids) == 1 and token_ids[0] not in hidden_ids:
+            text = self._token_bytes.texts.get(token_ids[0])
+            if text is not None:
+                return text
+        token_bytes = self._token_bytes
         raw = b"".join([token_bytes[token_id] for token_id in token_ids if token_id not in hidden_ids])
-        return self._decode(raw)
+        text = self._decoder.decode(raw)
+        self._is_between_characters = not self._decoder.getstate()[0]
+        return text
 
     def flush(self) -> str:
-        return self._decode(b"", True)
+        return self._decoder.decode(b"", True)
 
 
 class WindowDetokenizer:

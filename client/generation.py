@@ -10,7 +10,9 @@ import itertools
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from random import Random
+from typing import Final
 
 from kvrelay.client.config import ClientConfig
 from kvrelay.client.generation_ask import GenerationAsk, PreparedCall
@@ -39,10 +41,17 @@ class GenerationParts:
     prepare: Callable[[GenerationAsk], Awaitable[PreparedCall]]
 
 
+TakeChunk = Callable[[GenerationChunk], Awaitable[None] | None]
+"""Takes a chunk; returns what to wait for before the next one may come, None: nothing."""
+
+
 @dataclass(slots=True)
 class _Attempt:
     session: Session
     stream_id: int
+
+
+_NOTHING: Final = GenerationChunk("", (), (), -1)
 
 
 class Generation:
@@ -65,9 +74,11 @@ class Generation:
         self._timer: asyncio.TimerHandle | None = None
         self._scope: asyncio.Timeout | None = None
         self._is_cancelled = False
+        self._pending: Awaitable[None] | None = None
+        self._take_error: Exception | None = None
 
     async def next_chunk(self) -> GenerationChunk | None:
-        """The next part, or None after the last. After an error: `leave`.
+        """The next part (an empty one: `each` has news), or None after the last. After an error: `leave`.
 
         Raises:
             KVRelayError: the request can't be served, and repeating it does not help.
@@ -84,7 +95,28 @@ class Generation:
             chunk = self._absorb(progress, await self._mailbox.take())
             if chunk is not None:
                 return chunk
+            if self._pending is not None or self._take_error is not None:
+                return _NOTHING
         return None
+
+    async def each(self, take: TakeChunk) -> None:
+        """Give `take` every part. Those that one token brings while nothing else is waited for are given
+        where they arrive, without waking the task that calls this.
+
+        Raises:
+            KVRelayError: as `next_chunk`; or whatever `take` raises.
+        """
+        self._mailbox.listener = partial(self._absorb_now, take)
+        try:
+            while (chunk := await self.next_chunk()) is not None:
+                if self._take_error is not None:
+                    raise self._take_error
+                pending = take(chunk) if chunk is not _NOTHING else self._pending
+                self._pending = None
+                if pending is not None:
+                    await pending
+        finally:
+            self._mailbox.listener = None
 
     def cancel(self) -> None:
         """The caller wants no more: a reader that waits gets `RequestCancelled`, then `leave`s."""
@@ -234,6 +266,21 @@ class Generation:
             kv_seconds=0.0,
             kv_transport="",
         )
+
+    def _absorb_now(self, take: TakeChunk, token_id: int, now_s: float) -> None:
+        """Runs in the session's reader, which must never fail for one request's sake."""
+        assert self.progress is not None
+        try:
+            chunk = self._absorb(self.progress, Delivery([token_id], [], [now_s], None))
+            self._pending = take(chunk) if chunk is not None else None
+        except Exception as error:  # raised where `each` was called
+            self._take_error = error
+        if (
+            self._pending is not None
+            or self._take_error is not None
+            or self._output_text.stop_text is not None
+        ):
+            self._mailbox.wake()
 
     def _end_attempt(self, progress: RequestProgress, end: AttemptEnd) -> None:
         self._drop_attempt()

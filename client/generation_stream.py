@@ -7,7 +7,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
-from kvrelay.client.generation import Generation
+from kvrelay.client.generation import Generation, TakeChunk
 from kvrelay.client.results import GenerationChunk, GenerationResult
 from kvrelay.core.errors import KVRelayError
 
@@ -91,6 +91,20 @@ class GenerationStream:
         if chunk is None:
             raise StopAsyncIteration
         return chunk
+
+    async def each(self, take: TakeChunk) -> None:
+        """Give `take` every chunk to the end, in place of iterating, for who serves many streams: in steady
+        decode a chunk is taken where it arrives, and no task is woken for it.
+
+        `take` must not block. What it returns is awaited (None: nothing) before it gets the next chunk; what
+        comes meanwhile is buffered, as for any reader. An error that it raises cancels the request and is
+        raised here.
+        """
+        try:
+            await self._generation.each(take)
+        except BaseException:
+            self._generation.leave()
+            raise
 
     def __del__(self) -> None:
         self.abandon()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -37,7 +37,7 @@ class Delivery(NamedTuple):
 class Mailbox:
     """One reader, one session at a time."""
 
-    __slots__ = ("_arrivals_s", "_end", "_logprobs", "_max_tokens", "_token_ids", "_waiter")
+    __slots__ = ("_arrivals_s", "_end", "_logprobs", "_max_tokens", "_token_ids", "_waiter", "listener")
 
     def __init__(self, max_tokens: int) -> None:
         self._max_tokens = max_tokens
@@ -46,6 +46,8 @@ class Mailbox:
         self._arrivals_s: list[float] = []
         self._end: AttemptEnd | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self.listener: Callable[[int, float], object] | None = None
+        """Gets `put_token`'s tokens in place of a reader that waits, which sleeps on."""
 
     @property
     def has_reader(self) -> bool:
@@ -63,28 +65,32 @@ class Mailbox:
             self._logprobs += logprobs or [None] * len(token_ids)
         self._token_ids += token_ids
         self._arrivals_s += [now_s] * len(token_ids)
-        self._wake()
+        self.wake()
         return True
 
     def put_token(self, token_id: int, now_s: float) -> bool:
         """`put_tokens` of one without logprobs: what steady decode brings, so it does the least."""
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            if self.listener is not None:
+                self.listener(token_id, now_s)
+                return True
+            waiter.set_result(None)
         if self._logprobs or len(self._token_ids) >= self._max_tokens:
             return self.put_tokens((token_id,), (), now_s)
         self._token_ids.append(token_id)
         self._arrivals_s.append(now_s)
-        waiter = self._waiter
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
         return True
 
     def put_end(self, end: AttemptEnd) -> None:
         """The attempt is over; the first end counts."""
         if self._end is None:
             self._end = end
-            self._wake()
+            self.wake()
 
     async def take(self) -> Delivery:
-        """Everything that came since; waits until there is something. An end is handed out once."""
+        """Everything that came since; waits until there is something, or `wake`. An end is handed out
+        once."""
         if not self._token_ids and self._end is None:
             assert self._waiter is None, "a stream has one reader"
             self._waiter = asyncio.get_running_loop().create_future()
@@ -96,6 +102,7 @@ class Mailbox:
         self._token_ids, self._logprobs, self._arrivals_s, self._end = [], [], [], None
         return delivery
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Have a reader that waits look, whatever there is."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Final
 
 from tokenizers import Tokenizer
@@ -36,6 +37,8 @@ class TokenBytes:
             token_id: token.content for token_id, token in tokenizer.get_added_tokens_decoder().items()
         }
         self._known: dict[int, bytes] = {}
+        self.texts: dict[int, str] = {}
+        """Of those looked up so far that are whole UTF-8."""
 
     def __getitem__(self, token_id: int) -> bytes:
         """Empty for an id that the vocabulary does not have."""
@@ -45,6 +48,8 @@ class TokenBytes:
             if token is None:
                 return b""
             found = self._known[token_id] = self._bytes_of(token_id, token)
+            with suppress(UnicodeDecodeError):
+                self.texts[token_id] = found.decode()
         return found
 
     def _bytes_of(self, token_id: int, token: str) -> bytes:

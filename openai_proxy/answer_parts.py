@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from kvrelay.openai_proxy.errors import ApiError
-from kvrelay.openai_proxy.event_stream import ErrorEvent, EventStream, while_connected
+from kvrelay.openai_proxy.event_stream import ErrorEvent, EventSource, EventStream, Write, while_connected
 from kvrelay.openai_proxy.sse import compact_json, event
 
 
@@ -24,21 +24,40 @@ def error_event(error: ApiError) -> bytes:
 
 
 async def stream_answer(
-    request: Request, parts: AsyncGenerator[bytes, None], on_error: ErrorEvent = error_event
+    request: Request, source: EventSource, on_error: ErrorEvent = error_event
 ) -> EventStream:
-    """A stream of `parts`, once its first is here: until then an error still has a status of its own.
+    """A stream of the source's events, once its first is here: until then an error still has a status of
+    its own.
 
     Raises:
         KVRelayError: the request can't be served.
-        ClientGoneError: the caller has gone; `parts` is closed.
+        ClientGoneError: the caller has gone; `source` is closed.
     """
     try:
-        first = await while_connected(request, _first(parts))
+        first = await while_connected(request, source.first())
     except BaseException:
-        await parts.aclose()
+        await source.aclose()
         raise
-    return EventStream(first, parts, on_error)
+    return EventStream(first, source, on_error, request.app.state.service.burst)
 
 
-async def _first(parts: AsyncGenerator[bytes, None]) -> bytes:
-    return await anext(parts)
+class GeneratedEvents:
+    """The events of a generator."""
+
+    def __init__(self, parts: AsyncGenerator[bytes, None]) -> None:
+        self._parts = parts
+
+    async def first(self) -> bytes:
+        """The first event."""
+        return await anext(self._parts)
+
+    async def rest(self, write: Write) -> None:
+        """Write all that follow."""
+        async for part in self._parts:
+            pending = write(part)
+            if pending is not None:
+                await pending
+
+    async def aclose(self) -> None:
+        """End the generator."""
+        await self._parts.aclose()

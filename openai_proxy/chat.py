@@ -14,7 +14,7 @@ from kvrelay.core.cluster_view import ModelInfo
 from kvrelay.core.errors import InvalidRequest
 from kvrelay.core.sampling import Grammar
 from kvrelay.openai_proxy.answer_parts import json_answer, stream_answer
-from kvrelay.openai_proxy.chat_events import ChatEvents
+from kvrelay.openai_proxy.chat_events import chat_events
 from kvrelay.openai_proxy.chat_words import finish_reason, new_call_id
 from kvrelay.openai_proxy.choices import read_choices
 from kvrelay.openai_proxy.errors import bad_request
@@ -112,8 +112,7 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
     ask = await understand(body, call)
     streams = ask.streams()
     if body.stream:
-        events = ChatEvents(ask)
-        return await stream_answer(request, events.of_streams(streams))
+        return await stream_answer(request, chat_events(ask, streams))
     return json_answer(await while_connected(request, _whole_answer(ask, streams)))
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from kvrelay.client import GenerationChunk, GenerationStream
+from kvrelay.openai_proxy.answer_parts import GeneratedEvents
 from kvrelay.openai_proxy.chat_words import finish_reason, new_call_id
 from kvrelay.openai_proxy.choices import read_choices
+from kvrelay.openai_proxy.event_stream import EventSource, Write
 from kvrelay.openai_proxy.logprobs import chat_logprobs
 from kvrelay.openai_proxy.schema.base import StreamOptions
 from kvrelay.openai_proxy.service import usage_of, usage_so_far
@@ -19,47 +21,73 @@ if TYPE_CHECKING:
     from kvrelay.openai_proxy.chat import ChatAsk
 
 
-class ChatEvents:
+def chat_events(ask: ChatAsk, streams: Sequence[GenerationStream]) -> EventSource:
     """The events of all choices of one request, in the order they come."""
+    shapes = _Shapes(ask, streams)
+    if len(streams) == 1:
+        return _OneChoice(shapes, _Choice(shapes, ask, 0), streams[0])
+    choices = [_Choice(shapes, ask, index) for index in range(len(streams))]
+    return GeneratedEvents(_events_of_many(shapes, choices, streams))
 
-    def __init__(self, ask: ChatAsk) -> None:
+
+class _OneChoice:
+    """Most requests: nothing stands between the cluster's tokens and their events."""
+
+    def __init__(self, shapes: _Shapes, choice: _Choice, stream: GenerationStream) -> None:
+        self._shapes = shapes
+        self._choice = choice
+        self._stream = stream
+
+    async def first(self) -> bytes:
+        """The role, and the first token if it has text."""
+        return self._choice.add(await anext(self._stream))
+
+    async def rest(self, write: Write) -> None:
+        """All others, each where its token arrives."""
+        add = self._choice.add
+
+        def take(chunk: GenerationChunk) -> Awaitable[None] | None:
+            written = add(chunk)
+            return write(written) if written else None
+
+        await self._stream.each(take)
+        pending = write(self._choice.end(self._stream) + self._shapes.end())
+        if pending is not None:
+            await pending
+
+    async def aclose(self) -> None:
+        """Cancel the request unless it is over."""
+        await self._stream.aclose()
+
+
+async def _events_of_many(
+    shapes: _Shapes, choices: Sequence[_Choice], streams: Sequence[GenerationStream]
+) -> AsyncGenerator[bytes, None]:
+    async with aclosing(read_choices(streams)) as chunks:
+        async for index, chunk in chunks:
+            choice = choices[index]
+            written = choice.add(chunk) if chunk is not None else choice.end(streams[index])
+            if written:
+                yield written
+    yield shapes.end()
+
+
+class _Shapes:
+    """What all events of a request have in common."""
+
+    def __init__(self, ask: ChatAsk, streams: Sequence[GenerationStream]) -> None:
         self._ask = ask
         options = ask.body.stream_options or StreamOptions()
         self._has_usage = options.include_usage
         self.has_continuous_usage = options.include_usage and options.continuous_usage_stats
-        self._streams: Sequence[GenerationStream] = ()
-
-    async def of_streams(self, streams: Sequence[GenerationStream]) -> AsyncGenerator[bytes, None]:
-        """Every event; closing it cancels what is under way.
-
-        Raises:
-            KVRelayError: a choice can't be served.
-        """
         self._streams = streams
-        choices = [_Choice(self, self._ask, index) for index in range(len(streams))]
-        if len(streams) == 1:  # One generator less for every token of most requests.
-            async with streams[0] as stream:
-                async for chunk in stream:
-                    if written := choices[0].add(chunk):
-                        yield written
-            yield choices[0].end(stream)
-        else:
-            async for written in self._of_many(streams, choices):
-                yield written
-        if self._has_usage:
-            usage = usage_of([stream.result for stream in streams])
-            yield event({**self._envelope(), "choices": [], "usage": usage})
-        yield DONE
 
-    async def _of_many(
-        self, streams: Sequence[GenerationStream], choices: Sequence[_Choice]
-    ) -> AsyncGenerator[bytes, None]:
-        async with aclosing(read_choices(streams)) as chunks:
-            async for index, chunk in chunks:
-                choice = choices[index]
-                written = choice.add(chunk) if chunk is not None else choice.end(streams[index])
-                if written:
-                    yield written
+    def end(self) -> bytes:
+        """What follows the last choice's end."""
+        if not self._has_usage:
+            return DONE
+        usage = usage_of([stream.result for stream in self._streams])
+        return event({**self._envelope(), "choices": [], "usage": usage}) + DONE
 
     def shape(self, index: int, delta: dict[str, Any], **more: Any) -> dict[str, Any]:
         """One event's value."""
@@ -82,14 +110,14 @@ class ChatEvents:
 class _Choice:
     """One choice's events."""
 
-    def __init__(self, events: ChatEvents, ask: ChatAsk, index: int) -> None:
-        self._events = events
+    def __init__(self, shapes: _Shapes, ask: ChatAsk, index: int) -> None:
+        self._shapes = shapes
         self._ask = ask
         self._index = index
         self._parser = ask.parser()
         self._has_role = False
         self._call_arguments: list[str] = []
-        self._text_event = TextEvent(events.shape(index, {"content": TextEvent.MARK}))
+        self._text_event = TextEvent(shapes.shape(index, {"content": TextEvent.MARK}))
 
     def add(self, chunk: GenerationChunk) -> bytes:
         """The events for one more part, perhaps none."""
@@ -111,10 +139,10 @@ class _Choice:
                 if not arguments:
                     written += self._delta(_arguments_delta(number, "{}"))
         reason = finish_reason(result, has_calls=bool(self._call_arguments))
-        return written + event(self._events.shape(self._index, {}, finish_reason=reason))
+        return written + event(self._shapes.shape(self._index, {}, finish_reason=reason))
 
     def _text(self, text: str) -> bytes:
-        if self._events.has_continuous_usage:
+        if self._shapes.has_continuous_usage:
             return self._delta({"content": text})
         return self._text_event.with_text(text)
 
@@ -123,7 +151,7 @@ class _Choice:
         return self._delta({"role": "assistant", "content": ""})
 
     def _delta(self, delta: dict[str, Any], **more: Any) -> bytes:
-        return event(self._events.shape(self._index, delta, **more))
+        return event(self._shapes.shape(self._index, delta, **more))
 
     def _with_logprobs(self, chunk: GenerationChunk) -> bytes:
         entries = chat_logprobs(chunk.token_ids, chunk.logprobs, self._ask.tokenizer, self._ask.hidden_ids)

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from kvrelay.client import GenerationStream, ModelTokenizer
 from kvrelay.core.cluster_view import ModelInfo
 from kvrelay.core.errors import InvalidRequest
-from kvrelay.openai_proxy.answer_parts import json_answer, stream_answer
+from kvrelay.openai_proxy.answer_parts import GeneratedEvents, json_answer, stream_answer
 from kvrelay.openai_proxy.choices import read_choices
 from kvrelay.openai_proxy.errors import bad_request
 from kvrelay.openai_proxy.event_stream import while_connected
@@ -98,7 +98,7 @@ async def completions(body: CompletionBody, request: Request) -> Response:
     ask = await _understand(body, call)
     streams = ask.streams()
     if body.stream:
-        return await stream_answer(request, _events(ask, streams))
+        return await stream_answer(request, GeneratedEvents(_events(ask, streams)))
     return json_answer(await while_connected(request, _whole_answer(ask, streams)))
 
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from kvrelay.core.errors import KVRelayError
+from kvrelay.openai_proxy.burst_writer import Burst, BurstWriter
 from kvrelay.openai_proxy.errors import ApiError, from_kvrelay
 
 T = TypeVar("T")
 ErrorEvent = Callable[[ApiError], bytes]
 """How a stream says that it failed."""
+Write = Callable[[bytes], Awaitable[None] | None]
+"""Writes an event; returns what to wait for before the next one, None: nothing."""
 DIRECT_SEND: Final = "direct_send"
 """Where the gateway leaves the server's own `send`, in the scope's state."""
 logger = logging.getLogger(__name__)
@@ -32,15 +35,37 @@ class ClientGoneError(Exception):
     """The caller closed the connection; there is nobody to answer."""
 
 
-class EventStream(Response):
-    """Writes `first`, then the events of `parts` as they come, and what goes wrong as an event of its own.
-    However it ends, `parts` is closed, which frees what its request holds; when the reader goes, at once."""
+class EventSource(Protocol):
+    """Where a stream's events come from."""
 
-    def __init__(self, first: bytes, parts: AsyncGenerator[bytes, None], on_error: ErrorEvent) -> None:
+    async def first(self) -> bytes:
+        """The first event.
+
+        Raises:
+            KVRelayError: the request can't be served.
+        """
+        ...
+
+    async def rest(self, write: Write) -> None:
+        """Write all that follow. Raises as `first`."""
+        ...
+
+    async def aclose(self) -> None:
+        """Cancel what is under way."""
+        ...
+
+
+class EventStream(Response):
+    """Writes `first`, then the other events of `source` as they come, and what goes wrong as an event of its
+    own. However it ends, `source` is closed, which frees what its request holds; when the reader goes, at
+    once."""
+
+    def __init__(self, first: bytes, source: EventSource, on_error: ErrorEvent, burst: Burst) -> None:
         super().__init__()
         self._first = first
-        self._parts = parts
+        self._source = source
         self._on_error = on_error
+        self._burst = burst
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Only the start concerns the layers in between; each of them would cost every token a call.
@@ -53,25 +78,22 @@ class EventStream(Response):
                 writing.result()
         finally:
             await end_tasks(writing, leaving)
-            await self._parts.aclose()
+            await self._source.aclose()
 
     async def _write(self, send: Send, write_body: Send) -> None:
         headers = [*_HEADERS, *(pair for pair in self.raw_headers if pair[0] != b"content-length")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await write_body({"type": "http.response.body", "body": self._first, "more_body": True})
+        writer = BurstWriter(write_body, self._burst)
         try:
-            async for part in self._parts:
-                await write_body({"type": "http.response.body", "body": part, "more_body": True})
+            await self._source.rest(writer.write)
         except KVRelayError as error:
-            await self._write_error(from_kvrelay(error), write_body)
+            writer.write(self._on_error(from_kvrelay(error)))
         except Exception:  # the stream's outermost frame: its reader is told, the log has the rest
             logger.exception("a stream failed")
-            await self._write_error(ApiError(500, "the proxy failed; its log says why"), write_body)
+            writer.write(self._on_error(ApiError(500, "the proxy failed; its log says why")))
+        await writer.drain()
         await write_body({"type": "http.response.body", "body": b""})
-
-    async def _write_error(self, error: ApiError, write_body: Send) -> None:
-        event = self._on_error(error)
-        await write_body({"type": "http.response.body", "body": event, "more_body": True})
 
 
 async def while_connected(request: Request, work: Awaitable[T]) -> T:

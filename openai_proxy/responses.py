@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from kvrelay.client import GenerationChunk, GenerationResult, GenerationStream
-from kvrelay.openai_proxy.answer_parts import json_answer, stream_answer
+from kvrelay.openai_proxy.answer_parts import GeneratedEvents, json_answer, stream_answer
 from kvrelay.openai_proxy.chat import ChatAsk, understand
 from kvrelay.openai_proxy.choices import read_choices
 from kvrelay.openai_proxy.errors import ApiError
@@ -40,7 +40,7 @@ async def create_response(body: ResponseBody, request: Request) -> Response:
     answer = _Answer(body, ask)
     streams = ask.streams()
     if body.stream:
-        return await stream_answer(request, answer.events(streams), answer.error_event)
+        return await stream_answer(request, GeneratedEvents(answer.events(streams)), answer.error_event)
     return json_answer(await while_connected(request, answer.whole(streams)))
 
 

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from kvrelay.client import AsyncClient, GenerationResult, GenerationStream, SamplingParams
 from kvrelay.core.cluster_view import ModelInfo
 from kvrelay.openai_proxy.access import Grant
+from kvrelay.openai_proxy.burst_writer import Burst
 from kvrelay.openai_proxy.config import ProxyConfig
 from kvrelay.openai_proxy.metrics import ProxyMetrics
 from kvrelay.openai_proxy.sampling import for_choice
@@ -25,6 +26,7 @@ class ProxyService:
     config: ProxyConfig
     client: AsyncClient
     metrics: ProxyMetrics
+    burst: Burst = field(default_factory=Burst)
 
 
 @dataclass(slots=True, eq=False)
