@@ -41,6 +41,7 @@ def result_as_json(result: GenerationResult) -> dict[str, object]:
     """All of a result, ready for `json.dumps`."""
     logprobs = [asdict(entry) if entry is not None else None for entry in result.logprobs]
     return {
+        "request_id": result.request_id,
         "text": result.text,
         "token_ids": list(result.token_ids),
         "finish_reason": result.finish_reason.value,
@@ -59,12 +60,11 @@ def _place(node_id: str, state: ClusterState | None) -> str:
 
 
 def _timing(result: GenerationResult) -> str:
-    parts = [f"TTFT {_ms(result.ttft_s)}"]
+    parts = [f"TTFT {format_ms(result.ttft_s)}"]
     if result.itl_s:
-        parts.append(f"second token {_ms(result.itl_s[0])} later")
-        parts.append(
-            f"ITL p50 {_ms(percentile(result.itl_s, 0.5))}, p99 {_ms(percentile(result.itl_s, 0.99))}"
-        )
+        parts.append(f"second token {format_ms(result.itl_s[0])} later")
+        p50, p99 = (format_ms(percentile(result.itl_s, fraction)) for fraction in (0.5, 0.99))
+        parts.append(f"ITL p50 {p50}, p99 {p99}")
         total_s = sum(result.itl_s)
         if total_s > 0:
             parts.append(f"{len(result.itl_s) / total_s:.1f} tokens/s")
@@ -80,7 +80,7 @@ def _kv_moved(result: GenerationResult) -> str:
     if report.kv_seconds <= 0:
         return moved
     # Most of that time the prefill was still computing, so a rate would say nothing about the transport.
-    return f"{moved}, begun {_ms(report.kv_seconds)} before it was whole, while the prefill computed"
+    return f"{moved}, begun {format_ms(report.kv_seconds)} before it was whole, while the prefill computed"
 
 
 def format_bytes(num_bytes: float) -> str:
@@ -97,5 +97,6 @@ def format_mapping(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {count}" for name, count in counts.items() if count) or "none"
 
 
-def _ms(seconds: float) -> str:
+def format_ms(seconds: float) -> str:
+    """``12.3 ms``."""
     return f"{seconds * 1e3:.1f} ms"

@@ -27,10 +27,10 @@ class Fault:
         where = self.flag or (f"{file}:{self.line}" if self.line else file)
         what = f"{self.key} {self.message}" if self.key else self.message
         hint = f"; {self.hint}" if self.hint else ""
-        return _printable((f"{where}: " if where else "") + what + hint)
+        return printable((f"{where}: " if where else "") + what + hint)
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """`text` with control characters escaped: it may quote a file's bytes, and must stay on one line."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 

@@ -10,6 +10,7 @@ import typer
 from kvrelay import __version__
 from kvrelay.cli import (
     config_command,
+    explain_command,
     generate_command,
     keys_command,
     node_commands,
@@ -60,6 +61,7 @@ proxy_command.register(app)
 keys_command.register(app)
 generate_command.register(app)
 status_command.register(app)
+explain_command.register(app)
 config_command.register(app)
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Final
 
 from kvrelay.cli.answer_report import format_mapping
+from kvrelay.cli.text_table import aligned_lines
 from kvrelay.core.cluster_view import ClusterState, ModelInfo, NodeState
 
 NODE_COLUMNS: Final = (
@@ -51,13 +52,7 @@ def footer_lines(state: ClusterState, models: Sequence[ModelInfo]) -> list[str]:
 
 def plain_text(state: ClusterState, models: Sequence[ModelInfo]) -> str:
     """All of it as aligned columns."""
-    rows = [NODE_COLUMNS, *node_rows(state)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(NODE_COLUMNS))]
-    table = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
-    if not state.nodes:
-        table = ["no nodes are attached"]
+    table = aligned_lines([NODE_COLUMNS, *node_rows(state)]) if state.nodes else ["no nodes are attached"]
     return "\n".join([headline(state), "", *table, "", *footer_lines(state, models)])
 
 

@@ -15,6 +15,7 @@ from kvrelay.client.generation_stream import GenerationStream
 from kvrelay.client.model_tokenizer import ModelTokenizer
 from kvrelay.client.results import GenerationChunk, GenerationResult
 from kvrelay.client.sync_client import BlockingStream, Client
+from kvrelay.core.explanation import Candidate, Decision, Explanation, MeasuredRequest
 from kvrelay.core.request import FinishReason, TokenLogprobs
 from kvrelay.core.request_report import RequestReport
 from kvrelay.core.sampling import Grammar, GrammarKind, SamplingParams
@@ -22,14 +23,18 @@ from kvrelay.core.sampling import Grammar, GrammarKind, SamplingParams
 __all__ = [
     "AsyncClient",
     "BlockingStream",
+    "Candidate",
     "Client",
     "ClientConfig",
+    "Decision",
+    "Explanation",
     "FinishReason",
     "GenerationChunk",
     "GenerationResult",
     "GenerationStream",
     "Grammar",
     "GrammarKind",
+    "MeasuredRequest",
     "ModelTokenizer",
     "RequestReport",
     "SamplingParams",

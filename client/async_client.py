@@ -32,22 +32,21 @@ from kvrelay.client.generation_stream import GenerationStream
 from kvrelay.client.in_flight import InFlight
 from kvrelay.client.model_catalog import ModelCatalog
 from kvrelay.client.model_tokenizer import ModelTokenizer
+from kvrelay.client.named_requests import NamedRequests
 from kvrelay.client.request_progress import retry_pause_s
 from kvrelay.client.results import GenerationResult
 from kvrelay.client.router_link import RouterLink
 from kvrelay.client.router_set import RouterSet, unreadable
 from kvrelay.client.tokenizer_cache import TokenizerCache
 from kvrelay.client.tokenizing import Tokenizing
-from kvrelay.codec.bounds import text as checked_text
 from kvrelay.codec.client_api import (
     decode_cluster_state,
     decode_watch_cluster,
-    encode_cancel,
     encode_watch_cluster,
 )
-from kvrelay.core.client_types import MAX_REQUEST_ID_CHARS
 from kvrelay.core.cluster_view import ClusterState, ModelInfo
-from kvrelay.core.errors import InvalidRequest, KVRelayError, RouterUnavailable, UnknownRequest
+from kvrelay.core.errors import InvalidRequest, KVRelayError, RouterUnavailable
+from kvrelay.core.explanation import Explanation
 
 DEFAULT_ADDRESS: Final = f"127.0.0.1:{DEFAULT_PORT}"
 DEFAULT_CONFIG: Final = ClientConfig()
@@ -72,6 +71,7 @@ class AsyncClient:
         self._rng = rng
         self._routers = RouterSet(parse_addresses(addresses), config, rng, time.monotonic)
         self._catalog = ModelCatalog(self._routers, config, cache, time.monotonic)
+        self._named = NamedRequests(self._routers, config)
         self._tokenizing = Tokenizing(
             config.max_tokenizing_threads, max_waiting=config.max_requests_in_flight
         )
@@ -143,19 +143,7 @@ class AsyncClient:
             UnknownRequest: no router has it.
             KVRelayError: no router that answered has it, and not all answered.
         """
-        if not isinstance(request_id, str):
-            raise InvalidRequest(f"request_id must be a string, got {request_id!r}", field="request_id")
-        checked_text(request_id, "request_id", MAX_REQUEST_ID_CHARS, is_required=True)
-
-        async def cancel_at(link: RouterLink) -> None:
-            await link.stub.Cancel(encode_cancel(request_id), timeout=self._config.call_timeout_s)
-
-        outcomes = (await self._routers.call_each(cancel_at)).values()
-        if None in outcomes:
-            return
-        raise next(
-            (error for error in outcomes if error and not isinstance(error, UnknownRequest)), None
-        ) or (UnknownRequest(f"no router has a live request {request_id!r}", field="request_id"))
+        await self._named.cancel(request_id)
 
     # ---- looking --------------------------------------------------------------------------------
 
@@ -178,6 +166,18 @@ class AsyncClient:
     async def cluster_state(self) -> ClusterState:
         """The cluster as one router sees it now."""
         return await self._routers.call(self._cluster_state_at)
+
+    async def explain(self, request_id: str) -> Explanation:
+        """The latest placement of a request, live or ended: every candidate with the terms of its score,
+        predicted and measured times. All routers are asked; of several that know the request, the one that
+        placed it last is believed.
+
+        Raises:
+            UnknownRequest: no router remembers it, or it waits for its first placement; says how many
+                requests the router remembers.
+            KVRelayError: no router that answered knows it, and not all answered.
+        """
+        return await self._named.explain(request_id)
 
     async def watch_cluster(self, interval_s: float = 0.0) -> AsyncGenerator[ClusterState, None]:
         """The cluster now, then again at every change, `interval_s` apart at least (0: the router's

@@ -16,6 +16,7 @@ from kvrelay.client.model_tokenizer import ModelTokenizer
 from kvrelay.client.results import GenerationChunk, GenerationResult
 from kvrelay.core.cluster_view import ClusterState, ModelInfo
 from kvrelay.core.errors import RequestCancelled
+from kvrelay.core.explanation import Explanation
 
 
 class Client:
@@ -65,6 +66,10 @@ class Client:
     def cancel(self, request_id: str) -> None:
         """Cancel a request by its id; see `AsyncClient.cancel`."""
         self._thread.run(lambda: self._client.cancel(request_id))
+
+    def explain(self, request_id: str) -> Explanation:
+        """The latest placement of a request, live or ended; see `AsyncClient.explain`."""
+        return self._thread.run(lambda: self._client.explain(request_id))
 
     def list_models(self) -> tuple[ModelInfo, ...]:
         """The models that are served now."""

@@ -48,6 +48,13 @@ def seconds(value: float, field: str, *, is_positive: bool = False) -> float:
     return value
 
 
+def finite(value: float, field: str) -> float:
+    """Neither infinite nor NaN."""
+    if not math.isfinite(value):
+        raise InvalidRequest(f"{field} must be a finite number, got {value:g}", field=field)
+    return value
+
+
 def token_ids(values: Sequence[int], field: str) -> tuple[int, ...]:
     """A repeated field of token ids, each below 2**31."""
     ids = tuple(values[:])

@@ -8,6 +8,7 @@ from kvrelay.codec.cluster_view import (
     encode_models,
 )
 from kvrelay.codec.errors import decode_failed, encode_failed
+from kvrelay.codec.explanation import decode_explanation, encode_explanation
 from kvrelay.codec.generate import (
     decode_call_event,
     decode_generate,
@@ -24,9 +25,11 @@ from kvrelay.codec.session import (
 )
 from kvrelay.codec.small_requests import (
     decode_cancel,
+    decode_explain,
     decode_get_tokenizer,
     decode_watch_cluster,
     encode_cancel,
+    encode_explain,
     encode_get_tokenizer,
     encode_watch_cluster,
 )
@@ -37,6 +40,8 @@ __all__ = [
     "decode_call_event",
     "decode_cancel",
     "decode_cluster_state",
+    "decode_explain",
+    "decode_explanation",
     "decode_failed",
     "decode_generate",
     "decode_get_tokenizer",
@@ -48,6 +53,8 @@ __all__ = [
     "encode_call_event",
     "encode_cancel",
     "encode_cluster_state",
+    "encode_explain",
+    "encode_explanation",
     "encode_failed",
     "encode_generate",
     "encode_get_tokenizer",

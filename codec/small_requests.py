@@ -24,6 +24,16 @@ def decode_cancel(pb: router_pb2.CancelRequest) -> str:
     return text(pb.request_id, "request_id", MAX_REQUEST_ID_CHARS, is_required=True)
 
 
+def encode_explain(request_id: str) -> router_pb2.ExplainRequest:
+    """Which request's placement to explain."""
+    return router_pb2.ExplainRequest(request_id=request_id)
+
+
+def decode_explain(pb: router_pb2.ExplainRequest) -> str:
+    """Which request's placement to explain. Raises InvalidRequest."""
+    return text(pb.request_id, "request_id", MAX_REQUEST_ID_CHARS, is_required=True)
+
+
 def encode_watch_cluster(interval_s: float = 0.0, *, once: bool = False) -> router_pb2.WatchClusterRequest:
     """How often to hear of the cluster; 0 is the router's default."""
     return router_pb2.WatchClusterRequest(interval_s=interval_s, once=once)

@@ -49,7 +49,7 @@ class UnknownModel(CallerError):
 
 
 class UnknownRequest(CallerError):
-    """No live request has that id."""
+    """No request that lives, or is remembered, has that id."""
 
     code = "UNKNOWN_REQUEST"
 

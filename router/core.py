@@ -2,16 +2,16 @@
 
 Each event is handled to its end: books first, then, if anything was freed, the queue. The effects are to
 be performed in order. The parts: `ledger` (who holds what), `lifecycle` (how requests move), `reports`
-(what nodes say), `merge` (tokens), `cluster_state`, `admission`, `placement`.
+(what nodes say), `merge` (tokens), `cluster_state`, `admission`, `placement`, `placement_memory`.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import replace
 from random import Random
 
 from kvrelay.core.errors import KVRelayError
+from kvrelay.core.explanation import Explanation
 from kvrelay.core.ids import AttemptId, RequestId
 from kvrelay.core.node_messages import TokenBatch
 from kvrelay.core.request import FinishReason, TokenRequest, check_fits_model
@@ -37,7 +37,8 @@ from kvrelay.router.ledger import Ledger, RequestEntry
 from kvrelay.router.lifecycle import Lifecycle
 from kvrelay.router.merge import batch_fault, merge_batch
 from kvrelay.router.output_merge import OutputMerge
-from kvrelay.router.placement import Decision, PlacementPolicy, PlacementRequest
+from kvrelay.router.placement import PlacementPolicy, PlacementRequest
+from kvrelay.router.placement_memory import PlacementMemory
 from kvrelay.router.reports import apply_faults, apply_loss, apply_report
 from kvrelay.router.views import ClusterStatus, Counters, cluster_status
 
@@ -60,8 +61,8 @@ class RouterCore:
         self._ledger = Ledger()
         self._queue = AdmissionQueue(config)
         self._counters = Counters()
-        self._life = Lifecycle(config, self._cluster, self._ledger, self._queue, self._counters)
-        self._decisions: OrderedDict[RequestId, Decision] = OrderedDict()
+        self._memory = PlacementMemory(config.num_remembered_decisions)
+        self._life = Lifecycle(config, self._cluster, self._ledger, self._queue, self._counters, self._memory)
 
     def handle(self, event: Event, now_s: float) -> list[Effect]:
         """Take one event; returns what is to be done, in order. Mutates this core only."""
@@ -98,9 +99,14 @@ class RouterCore:
         deadline passes (infinity: there is none). What happens to nodes has seconds."""
         return now_s if self._queue.num_queued else self._ledger.earliest_deadline_s
 
-    def explain(self, request_id: RequestId) -> Decision | None:
-        """The latest placement of a request, if it is among the `num_remembered_decisions` latest."""
-        return self._decisions.get(request_id)
+    def explain(self, request_id: RequestId, now_s: float) -> Explanation:
+        """The latest placement of a request, and what was measured of it so far or until its end.
+
+        Raises:
+            UnknownRequest: it is not among the `num_remembered_decisions` requests that were placed last, or
+                has not been placed yet.
+        """
+        return self._memory.explain(request_id, self._ledger.requests.get(request_id), now_s)
 
     def check_invariants(self) -> None:
         """Assert that all books agree. Costs time in proportion to all requests: for tests."""
@@ -260,7 +266,6 @@ class RouterCore:
             return False
         num_blocks = self._cluster.nodes[decision.decode_node].blocks_for(request)
         self._life.dispatch(entry, decision, num_blocks, now_s)
-        self._remember(entry.request_id, decision)
         return True
 
     def _placement_request(self, entry: RequestEntry) -> PlacementRequest:
@@ -273,9 +278,3 @@ class RouterCore:
             cache_salt=request.cache_salt,
             avoided=entry.avoided,
         )
-
-    def _remember(self, request_id: RequestId, decision: Decision) -> None:
-        self._decisions[request_id] = decision
-        self._decisions.move_to_end(request_id)
-        while len(self._decisions) > self.config.num_remembered_decisions:
-            self._decisions.popitem(last=False)

@@ -1,13 +1,16 @@
-"""The client-facing calls that tell: `WatchCluster`, `ListModels`, `GetTokenizer`."""
+"""The client-facing calls that tell: `WatchCluster`, `ListModels`, `GetTokenizer`, `Explain`."""
 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 from kvrelay.codec.client_api import (
+    decode_explain,
     decode_get_tokenizer,
     decode_watch_cluster,
     encode_cluster_state,
+    encode_explanation,
     encode_models,
     encode_tokenizer_chunk,
 )
@@ -66,6 +69,17 @@ class InfoService:
     ) -> router_pb2.ListModelsResponse:
         """The models that attached nodes serve."""
         return encode_models(model_infos(self._shell.status()))
+
+    async def explain(
+        self, request: router_pb2.ExplainRequest, context: Context
+    ) -> router_pb2.ExplainResponse:
+        """The latest placement of a request, and what was measured of it.
+
+        Raises:
+            UnknownRequest: it is not remembered, or has not been placed yet.
+        """
+        explanation = self._shell.explain(decode_explain(request))
+        return encode_explanation(replace(explanation, router_id=self._router_id))
 
     async def get_tokenizer(self, request: router_pb2.GetTokenizerRequest, context: Context) -> None:
         """A model's tokenizer bundle, in chunks.

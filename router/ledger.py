@@ -23,7 +23,7 @@ from typing import Final
 
 from kvrelay.core.errors import KVRelayError
 from kvrelay.core.ids import AttemptId, NodeId, RequestId
-from kvrelay.core.node_messages import HandoffVerified, Role
+from kvrelay.core.node_messages import HandoffVerified, PrefillFinished, Role
 from kvrelay.core.request import FinishReason, TokenRequest
 from kvrelay.router.events import SessionId
 from kvrelay.router.output_merge import NO_ATTEMPT, OutputMerge
@@ -80,7 +80,11 @@ class Side:
 
 @dataclass(slots=True, eq=False)
 class RequestEntry:
-    """One accepted request. `request` is as submitted, with its seed; the output lives in `merge`."""
+    """One accepted request. `request` is as submitted, with its seed; the output lives in `merge`.
+
+    The nodes, `prefilled` and `handoff` are the latest attempt's. `last_error` is why the request failed, or
+    the last attempt that came to nothing.
+    """
 
     serial: int
     request_id: RequestId
@@ -104,8 +108,9 @@ class RequestEntry:
     avoided: frozenset[NodeId] = frozenset()
     prefill_node: str = ""
     decode_node: str = ""
-    num_cached_tokens: int = 0
+    prefilled: PrefillFinished | None = None
     handoff: HandoffVerified | None = None
+    finish_reason: FinishReason | None = None
 
     def move_to(self, state: RequestState) -> None:
         """Change state along `TRANSITIONS`; any other move is a bug."""

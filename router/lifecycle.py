@@ -23,6 +23,7 @@ from kvrelay.router.config import RouterCoreConfig
 from kvrelay.router.events import DeliverFailed, DeliverFinished, Effect, RequestReport, SendCommand
 from kvrelay.router.ledger import Attempt, Ledger, RequestEntry, RequestState, Side, SideState
 from kvrelay.router.placement import Decision
+from kvrelay.router.placement_memory import PlacementMemory
 from kvrelay.router.views import Counters
 
 
@@ -36,6 +37,7 @@ class Lifecycle:
     ledger: Ledger
     queue: AdmissionQueue
     counters: Counters
+    memory: PlacementMemory
     effects: list[Effect] = field(default_factory=list)
     has_news_for_queue: bool = False
 
@@ -76,11 +78,12 @@ class Lifecycle:
     def _note_dispatch(self, entry: RequestEntry, decision: Decision, now_s: float) -> None:
         entry.num_attempts += 1
         entry.prefill_node, entry.decode_node = decision.prefill_node, decision.decode_node
-        entry.num_cached_tokens, entry.handoff = 0, None
+        entry.prefilled, entry.handoff = None, None
         if entry.first_dispatch_s is None:
             entry.first_dispatch_s = now_s
         self.counters.num_attempts += 1
         self.queue.record_dispatch(now_s)
+        self.memory.record_placement(entry, decision, now_s)
 
     def _start_waiting(self, entry: RequestEntry, now_s: float) -> None:
         entry.queued_since_s = now_s
@@ -167,6 +170,7 @@ class Lifecycle:
 
     def finish(self, entry: RequestEntry, reason: FinishReason, now_s: float) -> None:
         """The output is complete and delivered."""
+        entry.finish_reason = reason
         self._end(entry, RequestState.DONE, now_s)
         self.counters.num_finished += 1
         self.counters.num_prompt_tokens += entry.request.num_prompt_tokens
@@ -176,6 +180,7 @@ class Lifecycle:
 
     def fail(self, entry: RequestEntry, error: KVRelayError, now_s: float) -> None:
         """The request can't be served; the caller is told why."""
+        entry.last_error = error
         self._end(entry, RequestState.FAILED, now_s)
         self.counters.num_failed += 1
         self.counters.num_failed_by_code[error.code] += 1
@@ -187,6 +192,7 @@ class Lifecycle:
 
     def abandon(self, entry: RequestEntry, now_s: float) -> None:
         """The caller is gone; nobody is told."""
+        entry.last_error = RequestCancelled("its client went away")
         self._end(entry, RequestState.FAILED, now_s)
         self.counters.num_abandoned += 1
 
@@ -196,6 +202,7 @@ class Lifecycle:
             self.has_news_for_queue = True
         entry.move_to(state)
         self._end_attempt(entry, now_s)
+        self.memory.record_end(entry, now_s)
         self.ledger.close_request(entry)
 
     # ---- time -----------------------------------------------------------------------------------
@@ -247,7 +254,7 @@ def _report(entry: RequestEntry, now_s: float) -> RequestReport:
         num_attempts=entry.num_attempts,
         num_prompt_tokens=entry.request.num_prompt_tokens,
         num_output_tokens=entry.merge.next_index,
-        num_cached_tokens=entry.num_cached_tokens,
+        num_cached_tokens=entry.prefilled.num_cached_tokens if entry.prefilled else 0,
         queue_s=dispatched_s - entry.submitted_s,
         ttft_s=first_token_s - entry.submitted_s,
         total_s=now_s - entry.submitted_s,

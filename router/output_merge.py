@@ -37,6 +37,8 @@ class OutputMerge:
     attempt: AttemptId = NO_ATTEMPT
     flowing: AttemptId = NO_ATTEMPT
     first_token_s: float | None = None
+    attempt_first_token_s: float | None = None
+    """When the latest attempt's first token came; it outlasts that attempt."""
     early_tokens: list[int] = field(default_factory=list)
     early_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     steady_run: SteadyRun | None = None
@@ -65,6 +67,8 @@ class OutputMerge:
         self.end_steady_run()
         self.attempt = attempt
         self.flowing = NO_ATTEMPT
+        if attempt != NO_ATTEMPT:
+            self.attempt_first_token_s = None
         self.early_tokens.clear()
         self.early_logprobs.clear()
 
@@ -88,7 +92,8 @@ class OutputMerge:
         if self.first_token_s is None:
             self.first_token_s = now_s
         fault = self._deliver(token_ids[num_known:], logprobs[num_known:], out)
-        self.flowing = self.attempt
+        if self.flowing != self.attempt:
+            self.flowing, self.attempt_first_token_s = self.attempt, now_s
         if not fault and self.early_tokens:
             early_tokens, early_logprobs = self.early_tokens, self.early_logprobs
             self.early_tokens, self.early_logprobs = [], []

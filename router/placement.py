@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Protocol
 
+from kvrelay.core.explanation import Candidate as Candidate
+from kvrelay.core.explanation import Decision as Decision
 from kvrelay.core.ids import NodeId, RequestId
 from kvrelay.core.node_messages import NodeDescription, NodeLoad, Role
 
@@ -80,30 +82,6 @@ class ClusterView(Protocol):
     def nodes_of(self, model: str, role: Role) -> Iterable[NodeView]:
         """The attached nodes of one model and role."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """One node as a decision saw it. The lowest `score` wins; it is the sum of `terms`.
-
-    `objection` says why the node was out of the question, and is empty otherwise.
-    """
-
-    node_id: NodeId
-    role: Role
-    score: float
-    terms: tuple[tuple[str, float], ...]
-    objection: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """The pair that was chosen, and all candidates."""
-
-    prefill_node: NodeId
-    decode_node: NodeId
-    candidates: tuple[Candidate, ...]
-    policy: str
 
 
 class PlacementPolicy(Protocol):

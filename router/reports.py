@@ -89,7 +89,7 @@ def _apply_prefill_finished(
         return
     node.record_computed(attempt.prefill)
     life.has_news_for_queue = True
-    entry.num_cached_tokens = report.num_cached_tokens
+    entry.prefilled = report
     entry.move_to(RequestState.HANDING_OFF)
     _move_if_decoding(attempt)
     if attempt.early_finish is not None:

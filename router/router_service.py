@@ -20,6 +20,7 @@ def register_router(server: grpc.aio.Server, generate: GenerateService, info: In
         "Generate": server_stream(generate.generate, router_pb2.GenerateRequest),
         "Session": both_streams(generate.session, router_pb2.SessionRequest),
         "Cancel": unary(generate.cancel, router_pb2.CancelRequest),
+        "Explain": unary(info.explain, router_pb2.ExplainRequest),
         "WatchCluster": server_stream(info.watch_cluster, router_pb2.WatchClusterRequest),
         "ListModels": unary(info.list_models, router_pb2.ListModelsRequest),
         "GetTokenizer": server_stream(info.get_tokenizer, router_pb2.GetTokenizerRequest),

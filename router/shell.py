@@ -23,6 +23,7 @@ from kvrelay.core.errors import (
     RouterUnavailable,
     UnknownRequest,
 )
+from kvrelay.core.explanation import Explanation
 from kvrelay.core.ids import RequestId
 from kvrelay.core.node_messages import NodeDescription, NodeFrame
 from kvrelay.core.tokenizer_chunk import TokenizerChunk
@@ -95,6 +96,14 @@ class RouterShell:
     def status(self) -> ClusterStatus:
         """The core's books, now."""
         return self._core.status(self.clock.now_s())
+
+    def explain(self, request_id: str) -> Explanation:
+        """The latest placement of a request, and what was measured of it.
+
+        Raises:
+            UnknownRequest: it is not remembered, or has not been placed yet.
+        """
+        return self._core.explain(RequestId(request_id), self.clock.now_s())
 
     def dispatch(self, event: Event) -> None:
         """Have the core handle an event, and perform what it answers. Events that this raises are handled

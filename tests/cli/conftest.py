@@ -21,10 +21,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from kvrelay.cli import main as cli_main
 from kvrelay.codec import client_api as codec
+from kvrelay.codec.errors import DETAILS_KEY, to_grpc_status
 from kvrelay.core.client_types import CallAccepted, CallFinished, GenerateCall, SessionUpdate
 from kvrelay.core.cluster_view import ClusterState, ModelInfo, NodeState
-from kvrelay.core.errors import KVRelayError
-from kvrelay.core.ids import NodeId
+from kvrelay.core.errors import KVRelayError, UnknownRequest
+from kvrelay.core.explanation import Candidate, Decision, Explanation, MeasuredRequest
+from kvrelay.core.ids import NodeId, RequestId
 from kvrelay.core.node_messages import NodeLoad, Role
 from kvrelay.core.request import FinishReason, TokenLogprobs
 from kvrelay.core.request_report import RequestReport
@@ -118,6 +120,7 @@ class FakeRouter(router_pb2_grpc.RouterServicer):  # type: ignore[misc]
     calls: list[GenerateCall] = field(default_factory=list)
     cancelled: queue.Queue[int] = field(default_factory=queue.Queue)
     address: str = ""
+    explanations: dict[str, Explanation] = field(default_factory=dict)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -164,6 +167,15 @@ class FakeRouter(router_pb2_grpc.RouterServicer):  # type: ignore[misc]
                 REPORT, num_prompt_tokens=call.request.num_prompt_tokens, num_output_tokens=len(ids)
             )
             updates.put(SessionUpdate(finished=[(stream_id, CallFinished(FinishReason.STOP, report))]))
+
+    def Explain(self, request: Any, context: Any) -> Any:  # noqa: N802
+        request_id = codec.decode_explain(request)
+        if request_id in self.explanations:
+            return codec.encode_explanation(self.explanations[request_id])
+        error = UnknownRequest(f"request_id {request_id!r} is not remembered", field="request_id")
+        code, rich = to_grpc_status(error)
+        context.set_trailing_metadata(((DETAILS_KEY, rich.SerializeToString()),))
+        return context.abort(code, rich.message)
 
     def ListModels(self, request: Any, context: Any) -> Any:  # noqa: N802
         digest = tokenizer_digest(self.bundle) if self.has_tokenizer else ""
@@ -216,6 +228,22 @@ def make_state() -> ClusterState:
     )
 
 
+def make_explanation(**measured: Any) -> Explanation:
+    def candidate(name: str, role: Role, score: float, terms: dict[str, float], why: str = "") -> Candidate:
+        return Candidate(NodeId(name), role, score, tuple(terms.items()), why)
+
+    candidates = (
+        candidate("p0", Role.PREFILL, 0.5, {"queue_s": 0.4, "prefill_s": 0.1}),
+        candidate("p1", Role.PREFILL, 0.1, {"prefill_s": 0.1}, "it drains"),
+        candidate("p2", Role.PREFILL, 0.08, {"queue_s": 0.0, "prefill_s": 0.05, "pull_s": 0.03}),
+        candidate("d0", Role.DECODE, 4096.0, {"reserved_tokens": 4096.0}),
+    )
+    decision = Decision(NodeId("p2"), NodeId("d0"), candidates, "least-ttft", predicted_ttft_s=0.08)
+    seen: dict[str, Any] = {"state": "prefilling", "num_attempts": 1, "num_prompt_tokens": 7}
+    seen |= {"num_output_tokens": 0, "queue_s": 0.002, **measured}
+    return Explanation(RequestId("r1"), "tiny", 65.0, decision, MeasuredRequest(**seen), "router-a")
+
+
 @pytest.fixture
 def fake_router() -> Iterator[FakeRouter]:
     router = FakeRouter()
@@ -225,6 +253,11 @@ def fake_router() -> Iterator[FakeRouter]:
     server.start()
     yield router
     server.stop(None).wait()
+
+
+@pytest.fixture(name="make_explanation")
+def make_explanation_fixture() -> Callable[..., Explanation]:
+    return make_explanation
 
 
 @pytest.fixture(name="make_state")

@@ -92,6 +92,7 @@ def test_min_tokens_and_grammars_reach_the_router(invoke: Any, fake_router: Any,
 def test_json_is_one_object_with_text_tokens_report_and_timings(invoke: Any, fake_router: Any) -> None:
     outcome = invoke("generate", "-r", fake_router.address, "--json", "--logprobs", "1", "hi")
     found = json.loads(outcome.out)
+    assert found["request_id"] == fake_router.calls[-1].request_id
     assert found["text"] == fake_router.answer
     assert found["token_ids"] == fake_router.tokenizer.encode(fake_router.answer).ids
     assert found["finish_reason"] == "stop"

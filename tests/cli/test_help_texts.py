@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 
 COMMANDS = {
-    (): ["up", "router", "prefill", "decode", "proxy", "keys", "generate", "status", "config", "Exit status"],
+    (): [
+        *["up", "router", "prefill", "decode", "proxy", "keys", "generate", "status", "explain", "config"],
+        "Exit status",
+    ],
     ("up",): [
         "--prefill",
         "--decode",
@@ -25,6 +28,7 @@ COMMANDS = {
     ("decode",): ["--router", "--model", "--kv-bytes", "--num-blocks", "KV transfer", "Examples"],
     ("generate",): ["--raw", "--system", "--seed", "--top-p", "--stop-token-id", "--json", "Exit status"],
     ("status",): ["--watch", "--json", "--router", "Examples"],
+    ("explain",): ["ID", "--json", "--router", "x-request-id", "num_remembered_decisions", "Examples"],
     ("proxy",): [
         "OpenAI",
         "--router",
@@ -57,7 +61,7 @@ def test_help_of_a_command_says_what_it_takes(
 
 def test_no_command_is_listed_that_does_not_exist_yet(invoke: Any) -> None:
     words = invoke("--help").out.split()
-    assert not {"explain", "drain", "simulate", "bench"} & set(words)
+    assert not {"drain", "simulate", "bench"} & set(words)
 
 
 def test_version(invoke: Any) -> None:
@@ -76,6 +80,7 @@ def test_version(invoke: Any) -> None:
             ["generate", "--router", "127.0.0.1:1", "--timeout", "0.2", "hi"],
             {"torch", "numpy", "transformers"},
         ),
+        (["explain", "-r", "127.0.0.1:1", "x"], {"torch", "numpy", "transformers", "fastapi"}),
         (["prefill", "--num-blocks", "0"], {"torch", "transformers", "nixl_cu13"}),
         (["proxy", "--port", "70000"], {"torch", "numpy", "transformers", "fastapi", "uvicorn"}),
         (

@@ -108,8 +108,15 @@ def test_up_stays_serves_and_stops_in_order_on_sigterm(
     assert [line.split()[0] for line in status.out.splitlines()[3:6]] == ["prefill-0", "decode-0", "decode-1"]
     assert status.out.startswith("router mine,")
     assert f"{77 * 8} tokens of context" in status.out
-    asked = invoke("generate", "--router", running.address, "--token-ids", "1,2,3", "--max-tokens", "4")
+    question = ("--token-ids", "1,2,3", "--max-tokens", "4", "--request-id", "mine")
+    asked = invoke("generate", "--router", running.address, *question)
     assert len(asked.out.split()) == 4
+    explained = invoke("explain", "mine", "--router", running.address).out
+    assert re.search(r"^prefill-0 +chosen ", explained, re.MULTILINE)
+    assert re.search(r"measured [\d.]+ ms from this placement, [\d.]+ ms from submission", explained)
+    assert "request    done (length) after " in explained
+    assert "4 output tokens" in explained
+    assert invoke("explain", "theirs", "--router", running.address).code == 2
     running.process.send_signal(signal.SIGTERM)
     _, err = running.process.communicate(timeout=WAIT_S)
     assert running.process.returncode == 0, err

@@ -14,6 +14,7 @@ from kvrelay.codec.errors import abort_with
 from kvrelay.core.client_types import CallAccepted, CallFinished, GenerateCall, SessionUpdate
 from kvrelay.core.cluster_view import ClusterState, ModelInfo
 from kvrelay.core.errors import KVRelayError, UnknownRequest
+from kvrelay.core.explanation import Explanation
 from kvrelay.core.request import FinishReason, TokenLogprobs
 from kvrelay.core.request_report import RequestReport
 from kvrelay.core.tokenizer_chunk import split_tokenizer
@@ -111,6 +112,7 @@ class FakeRouter(router_pb2_grpc.RouterServicer):  # type: ignore[misc]
         self.num_model_requests = 0
         self.live_ids: set[str] = set()
         self.cancelled_ids: list[str] = []
+        self.explanations: dict[str, Explanation] = {}
         self.states: list[ClusterState] = [ClusterState(router_id="fake")]
         self.unary_errors: list[KVRelayError] = []
         self.address = ""
@@ -192,6 +194,13 @@ class FakeRouter(router_pb2_grpc.RouterServicer):  # type: ignore[misc]
             await abort_with(context, UnknownRequest(f"no {request_id}", field="request_id"))
         self.cancelled_ids.append(request_id)
         return router_pb2.CancelResponse()
+
+    async def Explain(self, request: Any, context: Any) -> router_pb2.ExplainResponse:  # noqa: N802
+        await self._refuse(context)
+        request_id = codec.decode_explain(request)
+        if request_id not in self.explanations:
+            await abort_with(context, UnknownRequest(f"no {request_id}, of 128", field="request_id"))
+        return codec.encode_explanation(self.explanations[request_id])
 
     async def ListModels(self, request: Any, context: Any) -> router_pb2.ListModelsResponse:  # noqa: N802
         self.num_model_requests += 1

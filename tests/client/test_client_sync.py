@@ -13,7 +13,13 @@ from typing import Any, TypeVar
 import pytest
 
 from kvrelay.client import Client, ClientConfig, SamplingParams
-from kvrelay.core.errors import ConfigError, DeadlineExceeded, InvalidRequest, RequestCancelled
+from kvrelay.core.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    InvalidRequest,
+    RequestCancelled,
+    UnknownRequest,
+)
 
 T = TypeVar("T")
 
@@ -54,6 +60,8 @@ async def test_everything_works_without_async(
             assert client.detokenize(client.tokenize("the fox")) == "the fox"
             assert client.tokenizer().encode("x")
             client.cancel("r1")
+            with pytest.raises(UnknownRequest, match="no r1, of 128"):
+                client.explain("r1")
             assert client.addresses == (text_router.address,)
 
     await off_loop(use)

@@ -13,6 +13,7 @@ from kvrelay.core.client_types import (
 )
 from kvrelay.core.cluster_view import ClusterState, ModelInfo, NodeState
 from kvrelay.core.errors import error_from_code
+from kvrelay.core.explanation import Candidate, Decision, Explanation, MeasuredRequest
 from kvrelay.core.kv import KVFingerprint
 from kvrelay.core.node_messages import (
     AttemptFailed,
@@ -281,6 +282,51 @@ MODEL = st.builds(
     COUNT,
     COUNT,
 )
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+CANDIDATE = st.builds(
+    Candidate,
+    words(min_size=1),
+    st.sampled_from(Role),
+    FINITE,
+    some(st.tuples(words(), FINITE)).map(tuple),
+    words(),
+)
+MEASURED = st.builds(
+    MeasuredRequest,
+    state=words(min_size=1),
+    num_attempts=COUNT,
+    num_prompt_tokens=COUNT,
+    num_output_tokens=COUNT,
+    queue_s=SECONDS,
+    ttft_s=st.none() | SECONDS,
+    total_s=st.none() | SECONDS,
+    finish_reason=st.none() | st.sampled_from(FinishReason),
+    error_code=words(),
+    error_message=words(),
+    placed_ttft_s=st.none() | SECONDS,
+    num_cached_tokens=st.none() | COUNT,
+    prefill_queue_s=st.none() | SECONDS,
+    prefill_compute_s=st.none() | SECONDS,
+    kv_bytes=UINT64,
+    kv_seconds=SECONDS,
+    kv_transport=words(),
+)
+EXPLANATION = st.builds(
+    Explanation,
+    words(min_size=1),
+    words(),
+    SECONDS,
+    st.builds(
+        Decision,
+        words(min_size=1),
+        words(min_size=1),
+        some(CANDIDATE).map(tuple),
+        words(),
+        st.none() | SECONDS,
+    ),
+    MEASURED,
+    words(),
+)
 
 STRATEGIES = {
     "token_batch": token_batches(),
@@ -295,6 +341,7 @@ STRATEGIES = {
     "session_ask": ASK,
     "session_update": session_updates(),
     "cluster_state": CLUSTER,
+    "explanation": EXPLANATION,
     "models": some(MODEL).map(tuple),
     "tokenizer_chunk": CHUNK,
 }

@@ -231,3 +231,34 @@ def test_a_malformed_call_of_a_session_becomes_an_error_for_its_stream_alone():
 def test_a_watch_interval_out_of_range_is_refused(interval_s):
     pb = router_pb2.WatchClusterRequest(interval_s=interval_s)
     assert refused_field(client_api.decode_watch_cluster, pb) == "interval_s"
+
+
+@pytest.mark.parametrize("request_id", ["", "x" * 129, "a\nb"])
+def test_an_id_that_no_request_can_have_is_not_explained(request_id):
+    pb = router_pb2.ExplainRequest(request_id=request_id)
+    assert refused_field(client_api.decode_explain, pb) == "request_id"
+
+
+@pytest.mark.parametrize(
+    ("field", "fault"),
+    [
+        ("placed_ago_s", {"placed_ago_s": -1.0}),
+        ("decision.decode_node", {"decision": {"decode_node": "d\t0"}}),
+        ("candidates.role", {"decision": {"candidates": [{"node_id": "p0", "role": "both"}]}}),
+        (
+            "candidates.score",
+            {"decision": {"candidates": [{"node_id": "p0", "role": "prefill", "score": float("inf")}]}},
+        ),
+        ("measured.ttft_s", {"measured": {"state": "done", "ttft_s": float("nan")}}),
+        ("measured.finish_reason", {"measured": {"state": "done", "finish_reason": 77}}),
+    ],
+)
+def test_a_bad_field_of_an_explanation_is_named(field, fault):
+    good = {
+        "request_id": "r",
+        "decision": {"prefill_node": "p0", "decode_node": "d0"},
+        "measured": {"state": "done"},
+    }
+    pb = router_pb2.ExplainResponse(**good)
+    pb.MergeFrom(router_pb2.ExplainResponse(**fault))
+    assert refused_field(client_api.decode_explanation, pb) == field

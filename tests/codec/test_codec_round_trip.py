@@ -42,6 +42,11 @@ PAIRS = {
         client_api.decode_cluster_state,
         router_pb2.ClusterState,
     ),
+    "explanation": (
+        client_api.encode_explanation,
+        client_api.decode_explanation,
+        router_pb2.ExplainResponse,
+    ),
     "models": (client_api.encode_models, client_api.decode_models, router_pb2.ListModelsResponse),
     "tokenizer_chunk": (
         client_api.encode_tokenizer_chunk,
@@ -52,6 +57,7 @@ PAIRS = {
 DECODERS = {
     **{name: (decode, message) for name, (_, decode, message) in PAIRS.items()},
     "cancel": (client_api.decode_cancel, router_pb2.CancelRequest),
+    "explain": (client_api.decode_explain, router_pb2.ExplainRequest),
     "watch_cluster": (client_api.decode_watch_cluster, router_pb2.WatchClusterRequest),
     "get_tokenizer": (client_api.decode_get_tokenizer, router_pb2.GetTokenizerRequest),
 }

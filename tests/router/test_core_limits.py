@@ -345,12 +345,3 @@ def test_a_release_that_is_never_answered_is_counted_and_struck_when_the_lease_e
     assert transcript.state() == {"failed": 1}
     transcript.tick(6.0)
     transcript.assert_books_empty()
-
-
-def test_decisions_can_be_asked_about_and_are_bounded(new_transcript: NewTranscript) -> None:
-    transcript = new_transcript(num_remembered_decisions=2)
-    transcript.attach("p1", "d1")
-    for number in range(3):
-        transcript.submit(f"r{number}", stream_id=number)
-    assert transcript.core.explain("r0") is None
-    assert transcript.core.explain("r2").decode_node == "d1"

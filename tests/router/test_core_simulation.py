@@ -16,6 +16,7 @@ from random import Random
 
 import pytest
 
+from kvrelay.core.errors import UnknownRequest
 from kvrelay.core.ids import NodeId, RequestId
 from kvrelay.core.kv import KVFingerprint
 from kvrelay.core.node_messages import (
@@ -73,6 +74,7 @@ class World:
         self.clients: dict[tuple[int, int], Client] = {}
         self.num_steady_steps = 0
         self.num_satisfied = 0
+        self.num_explained = 0
         rate = self.rng.choice([0.0, 0.02, 0.1])
         self.chances = {"fail": rate / 3, "refuse": rate, "push": rate}
         config = RouterCoreConfig(
@@ -240,6 +242,27 @@ class World:
             client.end = "finished"
             assert client.output == client.answer
             assert effect.finish_reason == client.reason
+        self._check_explained(effect, len(client.output))
+
+    def _check_explained(self, effect: DeliverFinished | DeliverFailed, num_output_tokens: int) -> None:
+        """What is remembered of a request that was placed is what its client was told."""
+        try:
+            measured = self.core.explain(effect.request_id, self.now_s).measured
+        except UnknownRequest:
+            assert isinstance(effect, DeliverFailed) or not effect.report.prefill_node
+            return
+        self.num_explained += 1
+        assert measured.num_output_tokens == num_output_tokens
+        if isinstance(effect, DeliverFailed):
+            assert (measured.state, measured.error_code) == ("failed", effect.error.code)
+            return
+        report = effect.report
+        assert (measured.state, measured.finish_reason) == ("done", effect.finish_reason)
+        assert (measured.queue_s, measured.total_s) == (report.queue_s, report.total_s)
+        assert (measured.num_cached_tokens or 0, measured.kv_bytes) == (
+            report.num_cached_tokens,
+            report.kv_bytes,
+        )
 
 
 def check_end(world: World) -> None:
@@ -288,3 +311,4 @@ def test_the_simulation_meets_continuations_losses_refusals_steady_steps_and_sat
     assert sum(found.num_tokens_dropped for found in counters) > 0
     assert sum(world.num_steady_steps for world in worlds) > 500
     assert sum(world.num_satisfied for world in worlds) > 20
+    assert sum(world.num_explained for world in worlds) > 100

@@ -113,6 +113,17 @@ def cores() -> TwoCores:
     return made
 
 
+def test_to_explain_a_request_says_the_same_and_leaves_the_short_way_open(cores: TwoCores) -> None:
+    for _ in range(3):
+        cores.step()
+        num_short_ways = cores.num_short_ways
+        steady, plain = (made.core.explain("r2", 0.0) for made in (cores.steady, cores.plain))
+        assert steady == plain
+        assert steady.measured.num_output_tokens == cores.next_indices[2]
+        cores.step()
+        assert cores.num_short_ways == num_short_ways + 1
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_a_steady_core_says_what_a_plain_one_says_whatever_happens(seed: int) -> None:
     rng, cores = Random(seed), TwoCores()

@@ -175,6 +175,102 @@ class CancelResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class ExplainRequest(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class ExplainResponse(_message.Message):
+    __slots__ = ("request_id", "router_id", "model", "placed_ago_s", "decision", "measured")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    PLACED_AGO_S_FIELD_NUMBER: _ClassVar[int]
+    DECISION_FIELD_NUMBER: _ClassVar[int]
+    MEASURED_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    router_id: str
+    model: str
+    placed_ago_s: float
+    decision: Decision
+    measured: MeasuredRequest
+    def __init__(self, request_id: _Optional[str] = ..., router_id: _Optional[str] = ..., model: _Optional[str] = ..., placed_ago_s: _Optional[float] = ..., decision: _Optional[_Union[Decision, _Mapping]] = ..., measured: _Optional[_Union[MeasuredRequest, _Mapping]] = ...) -> None: ...
+
+class Decision(_message.Message):
+    __slots__ = ("policy", "prefill_node", "decode_node", "predicted_ttft_s", "candidates")
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_NODE_FIELD_NUMBER: _ClassVar[int]
+    DECODE_NODE_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    policy: str
+    prefill_node: str
+    decode_node: str
+    predicted_ttft_s: float
+    candidates: _containers.RepeatedCompositeFieldContainer[Candidate]
+    def __init__(self, policy: _Optional[str] = ..., prefill_node: _Optional[str] = ..., decode_node: _Optional[str] = ..., predicted_ttft_s: _Optional[float] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ...) -> None: ...
+
+class Candidate(_message.Message):
+    __slots__ = ("node_id", "role", "score", "terms", "objection")
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    TERMS_FIELD_NUMBER: _ClassVar[int]
+    OBJECTION_FIELD_NUMBER: _ClassVar[int]
+    node_id: str
+    role: str
+    score: float
+    terms: _containers.RepeatedCompositeFieldContainer[ScoreTerm]
+    objection: str
+    def __init__(self, node_id: _Optional[str] = ..., role: _Optional[str] = ..., score: _Optional[float] = ..., terms: _Optional[_Iterable[_Union[ScoreTerm, _Mapping]]] = ..., objection: _Optional[str] = ...) -> None: ...
+
+class ScoreTerm(_message.Message):
+    __slots__ = ("name", "value")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    value: float
+    def __init__(self, name: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+
+class MeasuredRequest(_message.Message):
+    __slots__ = ("state", "num_attempts", "num_prompt_tokens", "num_output_tokens", "queue_s", "ttft_s", "total_s", "finish_reason", "error_code", "error_message", "placed_ttft_s", "num_cached_tokens", "prefill_queue_s", "prefill_compute_s", "kv_bytes", "kv_seconds", "kv_transport")
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    NUM_ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_S_FIELD_NUMBER: _ClassVar[int]
+    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    ERROR_CODE_FIELD_NUMBER: _ClassVar[int]
+    ERROR_MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    PLACED_TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KV_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    KV_TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    state: str
+    num_attempts: int
+    num_prompt_tokens: int
+    num_output_tokens: int
+    queue_s: float
+    ttft_s: float
+    total_s: float
+    finish_reason: _common_pb2.FinishReason
+    error_code: str
+    error_message: str
+    placed_ttft_s: float
+    num_cached_tokens: int
+    prefill_queue_s: float
+    prefill_compute_s: float
+    kv_bytes: int
+    kv_seconds: float
+    kv_transport: str
+    def __init__(self, state: _Optional[str] = ..., num_attempts: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_output_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., total_s: _Optional[float] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., error_code: _Optional[str] = ..., error_message: _Optional[str] = ..., placed_ttft_s: _Optional[float] = ..., num_cached_tokens: _Optional[int] = ..., prefill_queue_s: _Optional[float] = ..., prefill_compute_s: _Optional[float] = ..., kv_bytes: _Optional[int] = ..., kv_seconds: _Optional[float] = ..., kv_transport: _Optional[str] = ...) -> None: ...
+
 class WatchClusterRequest(_message.Message):
     __slots__ = ("interval_s", "once")
     INTERVAL_S_FIELD_NUMBER: _ClassVar[int]

@@ -50,6 +50,11 @@ class RouterStub:
                 request_serializer=kvrelay_dot_v1_dot_router__pb2.CancelRequest.SerializeToString,
                 response_deserializer=kvrelay_dot_v1_dot_router__pb2.CancelResponse.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/kvrelay.v1.Router/Explain',
+                request_serializer=kvrelay_dot_v1_dot_router__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=kvrelay_dot_v1_dot_router__pb2.ExplainResponse.FromString,
+                _registered_method=True)
         self.WatchCluster = channel.unary_stream(
                 '/kvrelay.v1.Router/WatchCluster',
                 request_serializer=kvrelay_dot_v1_dot_router__pb2.WatchClusterRequest.SerializeToString,
@@ -90,6 +95,13 @@ class RouterServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """The latest placement of a request: all candidates, what was predicted, and what was measured.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchCluster(self, request, context):
         """The cluster's state now, then again at every change, at most once per interval.
         """
@@ -126,6 +138,11 @@ def add_RouterServicer_to_server(servicer, server):
                     servicer.Cancel,
                     request_deserializer=kvrelay_dot_v1_dot_router__pb2.CancelRequest.FromString,
                     response_serializer=kvrelay_dot_v1_dot_router__pb2.CancelResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=kvrelay_dot_v1_dot_router__pb2.ExplainRequest.FromString,
+                    response_serializer=kvrelay_dot_v1_dot_router__pb2.ExplainResponse.SerializeToString,
             ),
             'WatchCluster': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchCluster,
@@ -224,6 +241,33 @@ class Router:
             '/kvrelay.v1.Router/Cancel',
             kvrelay_dot_v1_dot_router__pb2.CancelRequest.SerializeToString,
             kvrelay_dot_v1_dot_router__pb2.CancelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvrelay.v1.Router/Explain',
+            kvrelay_dot_v1_dot_router__pb2.ExplainRequest.SerializeToString,
+            kvrelay_dot_v1_dot_router__pb2.ExplainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -10,7 +10,9 @@ from uuid import uuid4
 import pytest
 from openai import APITimeoutError, AsyncOpenAI, BadRequestError, ConflictError, OpenAI
 
+from kvrelay.client import AsyncClient
 from kvrelay.core.cluster_view import ClusterState
+from kvrelay.core.errors import UnknownRequest
 from tests.openai_proxy.running_services import RunningUp
 
 from .conftest import SETTLE_TIMEOUT_S, greedy
@@ -57,6 +59,28 @@ async def test_a_given_request_id_is_given_back_and_logged(
     assert stream.response.headers["x-request-id"] == streamed
     assert {event.response.id async for event in stream if hasattr(event, "response")} == {f"resp_{streamed}"}
     await _wait_logged(up, f"request={streamed} finished")
+
+
+async def test_the_placement_of_a_completion_is_explained_by_the_id_it_was_sent_with(
+    async_client: AsyncOpenAI, kvrelay_client: AsyncClient, model: str
+) -> None:
+    name = f"explained-{uuid4()}"
+    answer = await async_client.chat.completions.create(
+        **greedy(model, max_tokens=3, n=2), extra_headers={"x-request-id": name}
+    )
+    assert answer.usage is not None
+    explanations = [await kvrelay_client.explain(one) for one in (name, f"{name}-1")]
+    for explanation in explanations:
+        assert (explanation.model, explanation.decision.prefill_node) == (model, "prefill-0")
+        measured = explanation.measured
+        assert (measured.state, measured.num_prompt_tokens) == ("done", answer.usage.prompt_tokens)
+        assert measured.ttft_s is not None
+        assert measured.placed_ttft_s is not None
+        assert measured.placed_ttft_s <= measured.ttft_s
+    total = sum(explanation.measured.num_output_tokens for explanation in explanations)
+    assert total == answer.usage.completion_tokens
+    with pytest.raises(UnknownRequest):
+        await kvrelay_client.explain(f"{name}-2")
 
 
 def test_a_request_id_is_made_where_none_is_given_and_named_in_refusals(client: OpenAI, model: str) -> None:
