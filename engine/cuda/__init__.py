@@ -1,0 +1,1 @@
+"""What the paged engine runs on an NVIDIA GPU; imports without one."""
