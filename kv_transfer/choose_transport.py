@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvrelay.core.errors import ConfigError
+from kvrelay.core.kv import DeviceKind
 from kvrelay.kv_transfer.memory import MemoryTransport
 from kvrelay.kv_transfer.tcp import TCPTransport
 from kvrelay.kv_transfer.transport import KVTransport, TransportContext
@@ -35,5 +36,9 @@ def choose_transport(choice: str, context: TransportContext) -> ChosenTransport:
     try:
         ucx = UCXTransport(context)
     except ConfigError as error:
+        if context.receive_staging.device_kind is not DeviceKind.CPU:
+            raise ConfigError(
+                f"KV in the memory of a GPU moves by ucx alone, which is not to be had: {error.message}"
+            ) from error
         return ChosenTransport(TCPTransport(context), f"tcp: ucx is not to be had ({error.message})")
     return ChosenTransport(ucx, f"ucx: NIXL works here ({ucx.lanes})")

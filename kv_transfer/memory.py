@@ -8,7 +8,8 @@ from itertools import count
 from secrets import token_bytes
 from typing import ClassVar
 
-from kvrelay.core.errors import TransferFailed
+from kvrelay.core.errors import ConfigError, TransferFailed
+from kvrelay.core.kv import DeviceKind
 from kvrelay.kv_transfer.transport import (
     PeerConnected,
     PeerLost,
@@ -19,7 +20,11 @@ from kvrelay.kv_transfer.transport import (
 
 
 class MemoryTransport:
-    """Every write is complete when `post_write` returns; the event comes from the next `poll`."""
+    """Every write is complete when `post_write` returns; the event comes from the next `poll`.
+
+    Raises:
+        ConfigError: the KV cache is not in host memory.
+    """
 
     name = "memory"
     late_writes = False
@@ -30,6 +35,8 @@ class MemoryTransport:
     _lock: ClassVar[threading.Lock] = threading.Lock()
 
     def __init__(self, context: TransportContext) -> None:
+        if context.receive_staging.device_kind is not DeviceKind.CPU:
+            raise ConfigError("KV transport memory is for host memory alone; use ucx for KV on CUDA devices")
         self._context = context
         self._key = token_bytes(16)
         self._admitted: set[int] = set()

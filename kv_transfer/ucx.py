@@ -108,6 +108,9 @@ class UCXTransport:
             return
         address, num_bytes, device = _REGION.unpack_from(endpoint)
         region = _Region(address, num_bytes, device // 2, "VRAM" if device % 2 else "DRAM")
+        if region.kind != _nixl_kind(self._context.send_staging):
+            self._refuse(link_id, region)
+            return
         try:
             agent_name = self._agent.add_remote_agent(endpoint[_REGION.size :])
         except self._errors as error:
@@ -176,6 +179,15 @@ class UCXTransport:
         else:
             peer.is_open = True
             self._events.append(PeerConnected(link_id))
+
+    def _refuse(self, link_id: int, region: _Region) -> None:
+        """From host to GPU memory UCX would copy through buffers, at a hundredth of the speed of NVLink."""
+        where = {"DRAM": "host memory", "VRAM": "the memory of a GPU"}
+        mine, theirs = where[_nixl_kind(self._context.send_staging)], where[region.kind]
+        error = TransferFailed(
+            f"the receiver's KV is in {theirs}, the sender's in {mine}: both must be of one kind"
+        )
+        self._events.append(PeerLost(link_id, error))
 
     def _lose(self, link_id: int, reason: str) -> None:
         self.disconnect(link_id)
