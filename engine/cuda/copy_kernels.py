@@ -88,9 +88,14 @@ def choose_copier(device: torch.device, row_words: int, word: torch.dtype) -> Ro
     if device.type != "cuda":
         return IndexCopier()
     try:
+        from triton.errors import TritonError
+    except ImportError as error:
+        _log.warning("KV is copied by torch's indexing, several times slower: no Triton: %s", error)
+        return IndexCopier()
+    try:
         copier = TritonCopier()
         _try_out(copier, device, row_words, word)
-    except (ImportError, RuntimeError, OSError, AssertionError, subprocess.SubprocessError) as error:
+    except (TritonError, RuntimeError, OSError, AssertionError, subprocess.SubprocessError) as error:
         _log.warning("KV is copied by torch's indexing, several times slower: Triton fails here: %s", error)
         return IndexCopier()
     return copier
