@@ -178,6 +178,11 @@ class Child:
         assert self.transport is not None
         return {"address": self.service.address, "lanes": self.transport.inner.lanes}
 
+    def link_gb_per_s(self) -> list[float]:
+        """What the start-up probe of each link found."""
+        assert self.service is not None
+        return [rate / 1e9 for rate in self.service.link_bytes_per_s().values()]
+
     async def close(self) -> None:
         assert self.service is not None
         await asyncio.wait_for(self.service.close(), 60)
@@ -478,6 +483,9 @@ class Bench:
             )
             if not row["exact"]:
                 self.fault(f"the KV of {num_tokens} tokens arrived wrong: {row['differences']}")
+        probed = self.sender.ask("link_gb_per_s")
+        self.report.setdefault("probed_gb_per_s", []).extend(probed)
+        self.say(f"the link's start-up probe found {', '.join(f'{rate:.1f}' for rate in probed)} GB/s")
         for side in (self.sender, self.receiver):
             side.ask("close")
 

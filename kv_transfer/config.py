@@ -27,6 +27,9 @@ class KVTransferConfig:
     slots that a late write could still reach are set aside for `quarantine_s`; a link that carries
     nothing for `link_idle_s` is closed.
 
+    A new link over UCX is measured: one that gives less than `link_floor_gb_per_s` (negative: 50 between
+    GPUs of one host, else 0) is warned about, and with `refuse_slow_links` refused.
+
     `verify_checksums` asks for xxh3 over every message that is in host memory. `ucx_tls` overrides the
     list of UCX transports; empty: the environment's ``UCX_TLS``, or one that suits the machine.
 
@@ -53,6 +56,8 @@ class KVTransferConfig:
     link_idle_s: float = 300.0
     verify_checksums: bool = True
     ucx_tls: str = ""
+    link_floor_gb_per_s: float = -1.0
+    refuse_slow_links: bool = False
 
     def __post_init__(self) -> None:
         faults = [*self._address_faults(), *self._count_faults(), *self._time_faults()]
@@ -102,6 +107,8 @@ class KVTransferConfig:
             for name in positive
             if not 0 < getattr(self, name) <= 86400
         ]
+        if not self.link_floor_gb_per_s <= 10_000:
+            faults.append(f"link_floor_gb_per_s must be at most 10000, got {self.link_floor_gb_per_s}")
         if self.pending_offer_timeout_s >= self.progress_timeout_s:
             faults.append("pending_offer_timeout_s must be shorter than progress_timeout_s")
         return faults

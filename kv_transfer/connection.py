@@ -71,6 +71,14 @@ class Connection:
         """How long the peer has owed an answer to a ping."""
         return 0.0 if self._pinged_s is None else now_s - self._pinged_s
 
+    @property
+    def is_to_this_host(self) -> bool:
+        """Whether both ends have the same address; False when that can't be told."""
+        try:
+            return bool(self._sock.getsockname()[0] == self._sock.getpeername()[0])
+        except OSError:
+            return False
+
     def close(self) -> None:
         if self._is_closed:
             return

@@ -36,7 +36,7 @@ from kvrelay.kv_transfer.fields import (
     transfer_id,
 )
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 MAX_FRAME_BYTES: Final = 64 * 1024
 
 

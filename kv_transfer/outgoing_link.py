@@ -61,6 +61,7 @@ class OutgoingLink:
         self.link_id = link_id
         self.is_ready = False
         self.remote_slot_bytes = 0
+        self.bytes_per_s: float | None = None
         self.dialled_s = self.last_used_s = node.clock()
         self.pumped_s = 0.0
         self._node = node
@@ -77,6 +78,11 @@ class OutgoingLink:
             is_connecting=True,
         )
         self.connection.send(node.hello(transport))
+
+    @property
+    def peer_name(self) -> str:
+        """The receiver's node id and address."""
+        return f"{self._peer.node_id} ({self.address})" if self._peer else self.address
 
     @property
     def is_trying(self) -> bool:

@@ -118,6 +118,9 @@ class TransferOwner:
             receive_slots=self._receiver.slots,
         )
 
+    def link_bytes_per_s(self) -> dict[str, float]:
+        return self._sender.link_bytes_per_s
+
     def expect(self, expected: ExpectedTransfer) -> None:
         if self._error is not None:
             self._node.emit(ReceiveFailed(expected.transfer_id, self._error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Final
 
 from kvrelay.core.errors import KVRelayError, Overloaded, TransferFailed, TransferTimeout
@@ -9,6 +10,7 @@ from kvrelay.core.ids import BlockId, TransferId
 from kvrelay.core.kv import DeviceKind, StagingMemory
 from kvrelay.kv_transfer.interface import PushDone, PushFailed, PushSpec, TransferStats
 from kvrelay.kv_transfer.kv_range import KVRange
+from kvrelay.kv_transfer.link_probe import floor_gb_per_s, slow_link_text
 from kvrelay.kv_transfer.local_node import LocalNode, checksum_of
 from kvrelay.kv_transfer.messages import Pump
 from kvrelay.kv_transfer.outgoing_link import OutgoingLink
@@ -30,6 +32,7 @@ from kvrelay.kv_transfer.slot_pool import SlotCounts, SlotPool
 from kvrelay.kv_transfer.transport import KVTransport, PeerConnected, PeerLost, TransportEvent, WriteCompleted
 
 _PUMP_INTERVAL_S: Final = 0.01
+_log = logging.getLogger(__name__)
 _Job = tuple[TransferId, int]
 
 
@@ -56,6 +59,11 @@ class Sender:
     @property
     def num_links(self) -> int:
         return len(self._links)
+
+    @property
+    def link_bytes_per_s(self) -> dict[str, float]:
+        """What the open links gave when they were made, by the receiver's address, where measured."""
+        return {link.address: link.bytes_per_s for link in list(self._links.values()) if link.bytes_per_s}
 
     @property
     def slots(self) -> SlotCounts:
@@ -99,7 +107,7 @@ class Sender:
             case PeerConnected():
                 for link in list(self._links.values()):
                     if link.link_id == event.link_id:
-                        self._on_ready(link)
+                        self._on_connected(link, event.bytes_per_s)
             case PeerLost():
                 for link in list(self._links.values()):
                     if link.link_id == event.link_id:
@@ -163,6 +171,25 @@ class Sender:
             return None
         self._links[spec.peer_address] = link
         return link
+
+    def _on_connected(self, link: OutgoingLink, bytes_per_s: float | None) -> None:
+        link.bytes_per_s = bytes_per_s
+        if bytes_per_s is not None and (fault := self._fault_of(link, bytes_per_s)) is not None:
+            _log.warning("%s", fault)
+            if self._config.refuse_slow_links:
+                self.lose(link, TransferFailed(f"{fault}; refuse_slow_links is set"))
+                return
+        self._on_ready(link)
+
+    def _fault_of(self, link: OutgoingLink, bytes_per_s: float) -> str | None:
+        node_id, is_on_gpus = self._node.node_id, self._staging.device_kind is DeviceKind.CUDA
+        floor = floor_gb_per_s(
+            self._config.link_floor_gb_per_s,
+            is_on_gpus=is_on_gpus,
+            is_one_host=link.connection.is_to_this_host,
+        )
+        _log.info("the KV link from %s to %s gives %.1f GB/s", node_id, link.peer_name, bytes_per_s / 1e9)
+        return slow_link_text((node_id, link.peer_name), bytes_per_s, floor, is_on_gpus=is_on_gpus)
 
     def _on_ready(self, link: OutgoingLink) -> None:
         link.is_ready = True

@@ -94,6 +94,10 @@ class KVTransferService:
         """What is held now; exact when nothing is under way. Only between `start` and `close`."""
         return self._owner.snapshot()
 
+    def link_bytes_per_s(self) -> dict[str, float]:
+        """What each link to a receiver gave when made, by address. Only between `start` and `close`."""
+        return self._owner.link_bytes_per_s()
+
     async def start(self) -> None:
         """Bind, register staging memory, start the owner thread.
 

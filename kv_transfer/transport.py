@@ -14,15 +14,16 @@ from typing import Final, Protocol
 from kvrelay.core.errors import KVRelayError
 from kvrelay.core.kv import StagingMemory
 
-SCRATCH_BYTES: Final = 4096
-"""At the end of each staging memory, for writes that only try a connection."""
+SCRATCH_BYTES: Final = 16 << 20
+"""At the end of each staging memory, for writes that only try or time a connection; part of the protocol."""
 
 
 @dataclass(frozen=True, slots=True)
 class PeerConnected:
-    """Writes to that peer may be posted."""
+    """Writes to that peer may be posted. `bytes_per_s` is what the link gave, where it was measured."""
 
     link_id: int
+    bytes_per_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

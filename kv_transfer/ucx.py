@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from typing import Any, Final
 
 from kvrelay.core.errors import ConfigError, TransferFailed
 from kvrelay.core.kv import DeviceKind, StagingMemory
+from kvrelay.kv_transfer.link_probe import PROBE_BYTES, LinkProbe
 from kvrelay.kv_transfer.transport import (
     SCRATCH_BYTES,
     PeerConnected,
@@ -53,6 +55,7 @@ class _Region:
 class _Peer:
     agent_name: bytes
     region: _Region
+    probe: LinkProbe | None = None
     is_open: bool = False
     writes: dict[int, Any] = field(default_factory=dict)
 
@@ -118,8 +121,11 @@ class UCXTransport:
             return
         self._peers[link_id] = _Peer(agent_name, region)
         # UCX connects at the first write, with the target's help: do that now, into the scratch bytes.
-        trial_offset = self._context.send_staging.num_bytes - SCRATCH_BYTES
-        self.post_write(link_id, trial_offset, num_bytes - SCRATCH_BYTES, _TRIAL_BYTES)
+        self._write_scratch(link_id, region, _TRIAL_BYTES)
+
+    def _write_scratch(self, link_id: int, region: _Region, num_bytes: int) -> None:
+        local_offset = self._context.send_staging.num_bytes - SCRATCH_BYTES
+        self.post_write(link_id, local_offset, region.num_bytes - SCRATCH_BYTES, num_bytes)
 
     def post_write(self, link_id: int, local_offset: int, remote_offset: int, num_bytes: int) -> int:
         write_id = next(self._write_ids)
@@ -177,8 +183,19 @@ class UCXTransport:
         if peer.is_open:
             self._events.append(WriteCompleted(write_id))
         else:
+            self._on_scratch_written(link_id, peer)
+
+    def _on_scratch_written(self, link_id: int, peer: _Peer) -> None:
+        """The trial is followed by the probe's writes, and these by the link's opening."""
+        now_s = time.perf_counter()
+        if peer.probe is None:
+            peer.probe = LinkProbe(PROBE_BYTES[self._context.send_staging.device_kind])
+        elif not peer.probe.write_ended(now_s):
             peer.is_open = True
-            self._events.append(PeerConnected(link_id))
+            self._events.append(PeerConnected(link_id, peer.probe.bytes_per_s))
+            return
+        peer.probe.write_started(now_s)
+        self._write_scratch(link_id, peer.region, peer.probe.num_bytes)
 
     def _refuse(self, link_id: int, region: _Region) -> None:
         """From host to GPU memory UCX would copy through buffers, at a hundredth of the speed of NVLink."""
