@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from kvrelay.core.kv import KVStore
 from kvrelay.core.request import TokenLogprobs, TokenRequest
@@ -72,6 +72,31 @@ class Executor(Protocol):
         ...
 
 
+class Launched(Protocol):
+    """A step under way."""
+
+    @property
+    def chunks(self) -> Sequence[Chunk]: ...
+
+    def results(self) -> Sequence[DrawnToken | DrawFailed]:
+        """Wait for the drawn tokens, one a chunk."""
+        ...
+
+
+@runtime_checkable
+class AheadExecutor(Executor, Protocol):
+    """An executor that can begin a decode step before the tokens of the one before are known."""
+
+    def can_launch(self, chunks: Sequence[Chunk]) -> bool:
+        """Whether `launch` can take this step, and those that follow of the same sequences."""
+        ...
+
+    def launch(self, chunks: Sequence[Chunk]) -> Launched:
+        """Begin a step. A chunk whose token is not among its sequence's yet takes the one that the step
+        launched last draws. At most two are under way."""
+        ...
+
+
 class PagedEngine:
     """See `kvrelay.engine.interface.Engine`, which it implements."""
 
@@ -91,6 +116,8 @@ class PagedEngine:
         self._layers_per_group = layers_per_group
         self._listener: KVReadyListener | None = None
         self._failures: list[SequenceFailure] = []
+        self._ahead_executor = executor if isinstance(executor, AheadExecutor) else None
+        self._ahead: Launched | None = None
 
     @property
     def info(self) -> EngineInfo:
@@ -127,10 +154,20 @@ class PagedEngine:
         self._scheduler.release(key)
 
     def has_work(self) -> bool:
-        return bool(self._failures) or self._scheduler.has_work()
+        return bool(self._failures) or self._ahead is not None or self._scheduler.has_work()
 
     def step(self) -> StepOutput:
+        launched, self._ahead = self._ahead, None
+        if launched is not None:
+            return self._finish(launched)
         plan = self._scheduler.schedule()
+        if (
+            self._ahead_executor is not None
+            and not plan.admitted
+            and not any(chunk.sequence.purpose is Purpose.PREFILL_ONLY for chunk in plan.chunks)
+            and self._ahead_executor.can_launch(plan.chunks)
+        ):
+            return self._finish(self._ahead_executor.launch(plan.chunks))
         listener = self._listener
         layer_done: LayerDone | None = None
         if listener is not None:
@@ -141,6 +178,16 @@ class PagedEngine:
                 layer_done = progress.layer_done
         drawn = self._executor.execute(plan.chunks, layer_done) if plan.chunks else ()
         return self._commit(plan.chunks, drawn)
+
+    def _finish(self, launched: Launched) -> StepOutput:
+        """Begin the step after `launched` if it can be told already, then wait for this one."""
+        assert self._ahead_executor is not None
+        ahead = self._scheduler.schedule_ahead(launched.chunks)
+        if self._ahead_executor.can_launch(ahead):
+            self._ahead = self._ahead_executor.launch(ahead)
+        results = launched.results()
+        self._scheduler.land(launched.chunks, () if self._ahead is None else ahead)
+        return self._commit(launched.chunks, results)
 
     def load(self) -> EngineLoad:
         return self._scheduler.load()

@@ -73,6 +73,7 @@ class Scheduler:
         self._waiting: deque[LiveSequence] = deque()
         self._running: list[LiveSequence] = []
         self._num_reserved = 0
+        self._late_blocks: list[list[BlockId]] = []
         self._num_arrivals = 0
         self._num_preemptions = 0
         self._prefix_hit_tokens = 0
@@ -162,6 +163,38 @@ class Scheduler:
         self._admit_waiting(plan)
         return plan
 
+    def schedule_ahead(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        """Plan the step after `chunks`, which are under way and decode alone, before their tokens are known.
+
+        Empty where that step can't be told yet: someone waits and may be admitted, or blocks are so few that
+        a sequence may have to be interrupted. Sequences that end by their length are left out.
+        """
+        if self._pool.num_free < len(self._running) or (self._waiting and self._can_admit(self._waiting[0])):
+            return []
+        under_way = {id(chunk.sequence): chunk for chunk in chunks}
+        ahead: list[Chunk] = []
+        for sequence in self._running:
+            chunk = under_way.get(id(sequence))
+            start = sequence.num_computed_tokens if chunk is None else chunk.end
+            if chunk is None and len(sequence.token_ids) - start != 1:
+                return []
+            if chunk is not None and sequence.ends_with_length(start + 1, self._info.max_model_len):
+                continue
+            if start >= len(sequence.block_table) * self._info.block_size:
+                sequence.block_table += self._pool.allocate(1, after=sequence.block_table[-1])
+            ahead.append(Chunk(sequence, start, 1, samples=True, is_prefill=False))
+        return ahead
+
+    def land(self, chunks: Sequence[Chunk], ahead: Sequence[Chunk]) -> None:
+        """The step `chunks` is computed: free what had to be kept for it. Now `ahead` is under way."""
+        for chunk in chunks:
+            chunk.sequence.is_ahead = False
+        for chunk in ahead:
+            chunk.sequence.is_ahead = True
+        late_blocks, self._late_blocks = self._late_blocks, []
+        for block_table in late_blocks:
+            self._pool.release(block_table)
+
     def mark_computed(self, chunk: Chunk) -> None:
         """The chunk's KV is final: register the blocks it has filled."""
         sequence = chunk.sequence
@@ -198,6 +231,7 @@ class Scheduler:
         """Assert every invariant; for tests."""
         self._pool.check()
         held = {block for sequence in self._live.values() for block in sequence.block_table}
+        held |= {block for block_table in self._late_blocks for block in block_table}
         assert len(held) == self._pool.num_held, "a block is held that no live sequence names"
         assert self._running == sorted(self._running, key=attrgetter("arrival"))
         assert all(sequence.stage is Stage.RUNNING for sequence in self._running)
@@ -319,7 +353,10 @@ class Scheduler:
         self._num_preemptions += 1
 
     def _free_blocks(self, sequence: LiveSequence) -> None:
-        self._pool.release(sequence.block_table)
+        if sequence.is_ahead:
+            self._late_blocks.append(sequence.block_table)
+        else:
+            self._pool.release(sequence.block_table)
         sequence.block_table = []
         sequence.num_computed_tokens = sequence.num_cached_tokens = sequence.num_registered_blocks = 0
 

@@ -39,7 +39,8 @@ class LiveSequence:
     KV of the first `num_computed_tokens` of `token_ids` is in the blocks of `block_table`. The current
     prefill ends at `prefill_end_tokens`; everything computed beyond is decode. `hashes` are those of the
     full blocks of `token_ids` as far as they were needed; the first `num_registered_blocks` are in the
-    prefix cache. `executor_state` is the executor's own, and lives as long as the sequence.
+    prefix cache. `executor_state` is the executor's own, and lives as long as the sequence. `is_ahead`: a
+    step that computes it is under way already, beyond the tokens that are known.
     """
 
     key: SequenceKey
@@ -56,6 +57,7 @@ class LiveSequence:
     num_cached_tokens: int = 0
     num_registered_blocks: int = 0
     executor_state: object = None
+    is_ahead: bool = False
 
     @property
     def num_output_tokens(self) -> int:
@@ -76,10 +78,12 @@ class LiveSequence:
         sampling = self.request.sampling
         if token_id in sampling.stop_token_ids or (token_id in eos_token_ids and sampling.ends_at_eos):
             return FinishReason.STOP
-        num_tokens = len(self.token_ids)
-        if num_tokens - self.request.num_prompt_tokens >= sampling.max_tokens or num_tokens >= max_model_len:
-            return FinishReason.LENGTH
-        return None
+        return FinishReason.LENGTH if self.ends_with_length(len(self.token_ids), max_model_len) else None
+
+    def ends_with_length(self, num_tokens: int, max_model_len: int) -> bool:
+        """Whether it is over with so many tokens, prompt included, whatever they are."""
+        num_output = num_tokens - self.request.num_prompt_tokens
+        return num_output >= self.request.sampling.max_tokens or num_tokens >= max_model_len
 
 
 class Chunk(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,8 +12,10 @@ from kvrelay.core.request import TokenRequest
 from kvrelay.core.sampling import SamplingParams
 from kvrelay.engine.config import EngineConfig, EngineKind
 from kvrelay.engine.interface import Engine, KVReady, SequenceFailure, SequenceKey, SequenceOutput
-from kvrelay.engine.paged_engine import PagedEngine
+from kvrelay.engine.paged_engine import DrawFailed, DrawnToken, PagedEngine
+from kvrelay.engine.sequence import Chunk
 from kvrelay.engine.sim.engine import SimEngine
+from kvrelay.engine.sim.executor import SimExecutor
 from kvrelay.engine.sim.timing import INSTANT
 
 BuildEngine = Callable[..., PagedEngine]
@@ -68,11 +70,13 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("tiny") / "llama", "Llama")
 
 
-@pytest.fixture(params=["torch", "sim"])
+@pytest.fixture(params=["torch", "sim", "ahead"])
 def build_engine(request: pytest.FixtureRequest) -> BuildEngine:
     """``build_engine(**changes of EngineConfig)``, for each kind of engine."""
     if request.param == "sim":
         return build_sim_engine
+    if request.param == "ahead":
+        return build_ahead_engine
     folder = str(request.getfixturevalue("tiny_llama"))
 
     def build(**changes: object) -> PagedEngine:
@@ -100,6 +104,55 @@ def build_sim_engine(**changes: object) -> PagedEngine:
 @pytest.fixture
 def build_sim() -> BuildEngine:
     return build_sim_engine
+
+
+class LateSim(SimExecutor):
+    """Computes a launched step as late as it may: when its results are asked for, as a device would that has
+    a step queued behind another. By then no block that it writes may be free for others."""
+
+    engine: PagedEngine
+    num_ahead = 0
+
+    def can_launch(self, chunks: Sequence[Chunk]) -> bool:
+        return bool(chunks) and all(
+            chunk.num_tokens == 1 and chunk.samples and chunk.sequence.request.sampling.num_logprobs is None
+            for chunk in chunks
+        )
+
+    def launch(self, chunks: Sequence[Chunk]) -> LateStep:
+        self.num_ahead += any(chunk.start >= len(chunk.sequence.token_ids) for chunk in chunks)
+        return LateStep(self, chunks)
+
+
+class LateStep:
+    def __init__(self, executor: LateSim, chunks: Sequence[Chunk]) -> None:
+        self.chunks = chunks
+        self._executor = executor
+        block_size = executor.kv.layout.block_size
+        self._blocks = [chunk.sequence.block_table[chunk.start // block_size] for chunk in chunks]
+
+    def results(self) -> list[DrawnToken | DrawFailed]:
+        pool = self._executor.engine._scheduler.pool
+        assert all(pool._num_references[block] > 0 for block in self._blocks), "a block was freed too early"
+        live = [chunk for chunk in self.chunks if chunk.sequence.block_table]
+        drawn = dict(zip(map(id, live), self._executor.execute(live, None), strict=True))
+        return [drawn.get(id(chunk), DrawnToken(0)) for chunk in self.chunks]
+
+
+def build_ahead_engine(**changes: object) -> PagedEngine:
+    """The simulated engine, run one step ahead."""
+    engine = build_sim_engine(**changes)
+    executor = engine._executor
+    executor.__class__ = LateSim
+    assert isinstance(executor, LateSim)
+    executor.engine = engine
+    engine._ahead_executor = executor
+    return engine
+
+
+@pytest.fixture
+def build_ahead() -> BuildEngine:
+    return build_ahead_engine
 
 
 class Driver:
