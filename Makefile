@@ -13,7 +13,7 @@ FUZZ_STAMP := $(FUZZ_VENV)/.installed
 NODE_TESTS := tests/openai_proxy/node
 NODE_STAMP := $(NODE_TESTS)/node_modules/.installed
 
-.PHONY: help setup demo up test lint types imports proto proto-check unit test-node test-fuzz test-load bench clean
+.PHONY: help setup demo up test lint types imports proto proto-check unit test-node test-fuzz test-load test-gpu bench clean
 .DEFAULT_GOAL := help
 
 help: ## This text
@@ -91,6 +91,9 @@ $(LOAD_STAMP): Makefile
 
 test-load: $(STAMP) $(LOAD_STAMP) ## An independent load tool (guidellm) against a whole cluster: no request may fail
 	$(BIN)/python -m benchmarks.load_tool --guidellm .venv-load/bin/guidellm
+
+test-gpu: $(STAMP) ## The torch engine on this machine's GPU against the CPU (skipped where there is none)
+	$(BIN)/python -m pytest tests/gpu
 
 clean: ## Remove .venv, .venv-* and caches (not the model in ~/.cache/kvrelay)
 	rm -rf $(VENV) $(FUZZ_VENV) .venv-load $(NODE_TESTS)/node_modules build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .schemathesis .import_linter_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Final
@@ -10,6 +11,7 @@ from kvrelay.core.errors import ConfigError
 from kvrelay.engine.sim.timing import SimTiming
 
 DEFAULT_KV_BYTES: Final = 1 << 30
+_DEVICE: Final = re.compile(r"cpu|cuda(:\d{1,3})?")
 
 
 class EngineKind(StrEnum):
@@ -54,13 +56,15 @@ class GrammarLimits:
 class EngineConfig:
     """Everything that `load_engine` needs, validated when built.
 
-    `model` is the path of a Hugging Face folder (torch) or any name (sim); `served_name` what clients call
-    it, by default the folder's or model's name. The KV pool has `num_blocks` blocks, or, where that is
-    None, as many as `kv_bytes` hold. `max_model_len` None: the model's own, or the KV pool's if that is
-    smaller. `num_threads` None: as many as torch takes by itself. `layers_per_group` None: layers are
-    grouped so that one group's KV of a chunk is at least 1 MiB. `tokenizer` is a folder with what clients
-    turn text into tokens with: the model's, unless given; `sim` has none of its own, and with one draws from
-    its vocabulary unless `sim_vocab_size` says otherwise.
+    `model` is the path of a Hugging Face folder (torch) or any name (sim); `served_name` what clients
+    call it, by default the folder's or model's name. The KV pool has `num_blocks` blocks, or, where that
+    is None, as many as `kv_bytes` hold. `device` is ``cpu``, ``cuda`` or ``cuda:N``. With
+    `random_weights` the folder needs no weights: they are drawn, for measuring the speed of a shape.
+    `max_model_len` None: the model's own, or the KV pool's if that is smaller. `num_threads` None: as
+    many as torch takes by itself. `layers_per_group` None: layers are grouped so that one group's KV of a
+    chunk is at least 1 MiB. `tokenizer` is a folder with what clients turn text into tokens with: the
+    model's, unless given; `sim` has none of its own, and with one draws from its vocabulary unless
+    `sim_vocab_size` says otherwise.
 
     Raises:
         ConfigError: lists all the faults, one a line.
@@ -71,6 +75,7 @@ class EngineConfig:
     served_name: str | None = None
     dtype: str = "float32"
     device: str = "cpu"
+    random_weights: bool = False
     num_blocks: int | None = None
     kv_bytes: int = DEFAULT_KV_BYTES
     block_size: int = 16
@@ -106,8 +111,8 @@ class EngineConfig:
             faults.append(f"engine must be one of {', '.join(EngineKind)}, got {self.engine!r}")
         if self.dtype not in ("float32", "bfloat16"):
             faults.append(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
-        if self.device != "cpu":
-            faults.append(f"device must be cpu, got {self.device!r}")
+        if not _DEVICE.fullmatch(self.device):
+            faults.append(f"device must be cpu, cuda or cuda:N, got {self.device!r}")
         if not self.model:
             faults.append("model must not be empty")
         if not faults and self.max_num_batched_tokens < self.max_num_seqs:

@@ -24,6 +24,9 @@ from kvrelay.engine.row_operations import RowOperations, TorchRows
 
 if TYPE_CHECKING:
     from kvrelay.engine.compiled.openmp import OpenMP
+    from kvrelay.engine.model.transformer import Transformer
+    from kvrelay.engine.model_runner import ModelRunner
+    from kvrelay.engine.paged_engine import Executor
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +35,15 @@ TORCH_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 class Device(Protocol):
     """Weights come as host tensors and may be dropped by the caller once they have been given."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where a step's inputs go."""
+        ...
+
+    def constant(self, tensor: Tensor) -> Tensor:
+        """A weight that is used as it is."""
+        ...
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear: ...
 
@@ -51,13 +63,24 @@ class Device(Protocol):
 
     def rows(self, dtype: torch.dtype, head_dim: int, rms_norm_eps: float) -> RowOperations: ...
 
+    def executor(
+        self, runner: ModelRunner, model: Transformer, attention: Attention, vocab_size: int, max_rows: int
+    ) -> Executor:
+        """What runs the steps: `runner`, or what does better with some of them."""
+        ...
+
 
 class CpuDevice:
     """Host memory; weights are packed by oneDNN where torch has it; kernels compiled where numba is there."""
 
+    device = torch.device("cpu")
+
     def __init__(self) -> None:
         self._openmp = _openmp()
         self._packs = bool(torch._C._has_mkldnn) and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+
+    def constant(self, tensor: Tensor) -> Tensor:
+        return tensor
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         return PackedLinear(weight, bias) if self._packs else PlainLinear(weight, bias)
@@ -103,6 +126,11 @@ class CpuDevice:
         from kvrelay.engine.compiled.rows import CompiledRows
 
         return CompiledRows(self._openmp, dtype, head_dim, rms_norm_eps)
+
+    def executor(
+        self, runner: ModelRunner, model: Transformer, attention: Attention, vocab_size: int, max_rows: int
+    ) -> Executor:
+        return runner
 
 
 def _openmp() -> OpenMP | None:

@@ -25,7 +25,7 @@ class Linear(Protocol):
     def __call__(self, rows: Tensor) -> Tensor: ...
 
     def add_to(self, residual: Tensor, rows: Tensor) -> Tensor:
-        """``residual + y``; mutates neither."""
+        """``residual + y``; may mutate and return `residual`."""
         ...
 
 

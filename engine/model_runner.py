@@ -32,7 +32,9 @@ class ModelRunner:
         *,
         vocab_size: int,
         eos_token_ids: Sequence[int],
+        device: torch.device,
     ) -> None:
+        self._device = device
         self._model = model
         self._grammars = grammars
         self._vocab_size = vocab_size
@@ -55,15 +57,17 @@ class ModelRunner:
     def execute(
         self, chunks: Sequence[Chunk], layer_done: LayerDone | None
     ) -> Sequence[DrawnToken | DrawFailed]:
-        order = sorted(range(len(chunks)), key=lambda index: chunks[index].num_tokens > 1)
-        ordered = [chunks[index] for index in order]
+        return self.draw(self.forward(chunks, layer_done), [chunk for chunk in chunks if chunk.samples])
+
+    def forward(self, chunks: Sequence[Chunk], layer_done: LayerDone | None) -> Tensor:
+        """Compute the chunks' KV; returns logits ``[chunks that sample, vocab_size]``, in their order."""
+        ordered = sorted(chunks, key=lambda chunk: chunk.num_tokens > 1)
         self._begin_attention(ordered)
-        logits = self._model.forward(_token_batch(ordered), layer_done)
-        drawn = draw(logits, [self._draw_request(chunk.sequence) for chunk in ordered if chunk.samples])
-        sampled_order = [index for index in order if chunks[index].samples]
-        return [
-            result for _, result in sorted(zip(sampled_order, drawn, strict=True), key=lambda pair: pair[0])
-        ]
+        return self._model.forward(_token_batch(chunks, ordered, self._device), layer_done)
+
+    def draw(self, logits: Tensor, chunks: Sequence[Chunk]) -> list[DrawnToken | DrawFailed]:
+        """The next token of each chunk, from its row of `logits` ``[len(chunks), vocab_size]``."""
+        return draw(logits.float(), [self._draw_request(chunk.sequence) for chunk in chunks])
 
     def check_received(self, sequence: LiveSequence) -> str | None:
         return None
@@ -86,15 +90,18 @@ class ModelRunner:
         self._attention.begin(spans, torch.tensor(slots))
 
 
-def _token_batch(chunks: Sequence[Chunk]) -> TokenBatch:
+def _token_batch(chunks: Sequence[Chunk], ordered: Sequence[Chunk], device: torch.device) -> TokenBatch:
+    """Rows in the order of `ordered`, logits in that of `chunks`."""
     token_ids: list[int] = []
     positions: list[int] = []
-    sampled_rows: list[int] = []
-    for chunk in chunks:
+    last_row: dict[int, int] = {}
+    for chunk in ordered:
         token_ids += chunk.sequence.token_ids[chunk.start : chunk.end]
         positions += range(chunk.start, chunk.end)
-        if chunk.samples:
-            sampled_rows.append(len(token_ids) - 1)
+        last_row[id(chunk)] = len(token_ids) - 1
+    sampled_rows = [last_row[id(chunk)] for chunk in chunks if chunk.samples]
     return TokenBatch(
-        torch.tensor(token_ids), torch.tensor(positions), torch.tensor(sampled_rows, dtype=torch.int64)
+        torch.tensor(token_ids, device=device),
+        torch.tensor(positions, device=device),
+        torch.tensor(sampled_rows, dtype=torch.int64, device=device),
     )

@@ -90,7 +90,7 @@ def _kept_token_ids(scaled: Tensor, sampling: SamplingParams) -> Tensor:
     elif num_kept < scaled.shape[0]:
         kept_ids = scaled.topk(num_kept).indices
     else:
-        kept_ids = torch.arange(num_kept)
+        kept_ids = torch.arange(num_kept, device=scaled.device)
     if sampling.min_p > 0.0:
         kept_ids = kept_ids[scaled[kept_ids] >= math.log(sampling.min_p)]
     return kept_ids
@@ -117,24 +117,24 @@ def _adjust(row: Tensor, request: DrawRequest) -> None:
     sampling = request.sampling
     if sampling.logit_bias:
         ids, biases = zip(*sampling.logit_bias, strict=True)
-        row[torch.tensor(ids)] += torch.tensor(biases, dtype=row.dtype)
+        row[torch.tensor(ids, device=row.device)] += torch.tensor(biases, dtype=row.dtype, device=row.device)
     if sampling.has_penalties:
         _penalise(row, request)
     if isinstance(request.allowed, Tensor):
-        row.masked_fill_(~request.allowed, -math.inf)
+        row.masked_fill_(~request.allowed.to(row.device), -math.inf)
 
 
 def _penalise(row: Tensor, request: DrawRequest) -> None:
     sampling = request.sampling
     if sampling.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(request.token_ids)))
+        seen = torch.tensor(sorted(set(request.token_ids)), device=row.device)
         logits = row[seen]
         penalty = sampling.repetition_penalty
         row[seen] = torch.where(logits > 0, logits / penalty, logits * penalty)
     counts = Counter(request.token_ids[request.num_prompt_tokens :])
     if counts and (sampling.presence_penalty or sampling.frequency_penalty):
-        ids = torch.tensor(list(counts))
-        times = torch.tensor(list(counts.values()), dtype=row.dtype)
+        ids = torch.tensor(list(counts), device=row.device)
+        times = torch.tensor(list(counts.values()), dtype=row.dtype, device=row.device)
         row[ids] -= sampling.presence_penalty + sampling.frequency_penalty * times
 
 

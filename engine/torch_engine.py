@@ -10,11 +10,12 @@ import torch
 from kvrelay.core.errors import ConfigError
 from kvrelay.core.kv import KVFingerprint, KVLayout
 from kvrelay.engine.config import EngineConfig
-from kvrelay.engine.device import TORCH_DTYPES, CpuDevice
+from kvrelay.engine.device import TORCH_DTYPES, CpuDevice, Device
 from kvrelay.engine.grammar import GrammarCompiler
 from kvrelay.engine.interface import EngineInfo
 from kvrelay.engine.model.config import ModelConfig, read_model_config
 from kvrelay.engine.model.loader import load_weights
+from kvrelay.engine.model.random_weights import RandomWeights
 from kvrelay.engine.model.transformer import Transformer
 from kvrelay.engine.model.weights import WeightFolder, model_digest
 from kvrelay.engine.model_runner import ModelRunner
@@ -40,31 +41,47 @@ class TorchEngine(PagedEngine):
         layout = kv_layout(model_config, config)
         max_model_len = _max_model_len(model_config, config, layout)
         name = config.served_name or folder.resolve().name
-        device = CpuDevice()
+        device = _open_device(config, max_model_len)
         with torch.inference_mode():
-            weights = load_weights(
-                folder,
-                model_config,
-                device,
-                TORCH_DTYPES[config.dtype],
-                max_model_len,
-                _byte_counter(WeightFolder(folder).num_bytes, name, on_progress),
-            )
+            files = _weight_files(folder, config, device, name, on_progress)
+            weights = load_weights(files, model_config, device, TORCH_DTYPES[config.dtype], max_model_len)
             cache = device.kv_cache(layout)
             attention = device.attention(cache, model_config.num_heads)
             rows = device.rows(cache.dtype, model_config.head_dim, model_config.rms_norm_eps)
         vocab_size, eos_token_ids = model_config.vocab_size, model_config.eos_token_ids
+        model = Transformer(model_config, weights, attention, rows)
         runner = ModelRunner(
-            Transformer(model_config, weights, attention, rows),
+            model,
             attention,
             device.kv_store(layout, cache),
             GrammarCompiler(folder, vocab_size, eos_token_ids, config.grammar),
             vocab_size=vocab_size,
             eos_token_ids=eos_token_ids,
+            device=device.device,
         )
-        info = _engine_info(model_config, config, layout, max_model_len, name, model_digest(folder))
+        executor = device.executor(runner, model, attention, vocab_size, config.max_num_seqs)
+        digest = "random" if config.random_weights else model_digest(folder)
+        info = _engine_info(model_config, config, layout, max_model_len, name, digest)
         limits = SchedulerLimits(config.max_num_seqs, config.max_num_batched_tokens, config.max_waiting)
-        super().__init__(info, runner, limits, spread_blocks=True, layers_per_group=config.layers_per_group)
+        super().__init__(info, executor, limits, spread_blocks=True, layers_per_group=config.layers_per_group)
+
+
+def _open_device(config: EngineConfig, max_model_len: int) -> Device:
+    if config.device == "cpu":
+        return CpuDevice()
+    try:
+        from kvrelay.engine.cuda.device import CudaDevice
+    except ImportError as error:
+        raise ConfigError(f"device {config.device!r} needs Triton: {error}") from error
+    return CudaDevice(config.device, max_model_len, config.block_size)
+
+
+def _weight_files(
+    folder: Path, config: EngineConfig, device: Device, name: str, on_progress: OnProgress | None
+) -> WeightFolder | RandomWeights:
+    if config.random_weights:
+        return RandomWeights(device.device)
+    return WeightFolder(folder, _byte_counter(WeightFolder(folder).num_bytes, name, on_progress))
 
 
 def kv_layout(model_config: ModelConfig, config: EngineConfig) -> KVLayout:

@@ -35,6 +35,9 @@ EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1
 EXIT_CONFIG: Final = 2
 EXIT_INTERRUPTED: Final = 130
+GPU_SWITCH_INTERVAL_S: Final = 0.0005
+"""How long a thread of a GPU node may keep the interpreter from the others. Python's 5 ms are most of a
+decode step there, and the engine's and the transfer's thread hand over many times in each."""
 
 MakeCore = Callable[[NodeCoreConfig], NodeCore]
 
@@ -50,6 +53,8 @@ def run_node(config: NodeConfig, make_core: MakeCore) -> int:
     )
     try:
         engine = load_engine(config.engine, LoadProgress(sys.stderr))
+        if config.engine.device != "cpu":
+            sys.setswitchinterval(GPU_SWITCH_INTERVAL_S)
         warm_up(engine)
         tokenizer = _build_tokenizer(config)
         # What has been loaded stays: the collector need not look at it again.

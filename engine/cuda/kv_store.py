@@ -104,15 +104,17 @@ class CudaKVStore:
         self._stream.settle()
         return staging
 
-    def mark_written(self, layers: range | None = None) -> None:
+    def mark_written(self, layers: range | None = None) -> Mark | None:
         """From the engine's thread, before it reports KV of `layers` (all: None) as ready.
 
         Later gathers of these layers wait, on the GPU, for what the calling thread's current stream has
-        queued so far. Not while a CUDA graph is captured: after its replay.
+        queued so far; so can whoever has the mark that is returned. Not while a CUDA graph is captured: after
+        its replay.
         """
         mark = self._stream.mark()
         for layer in layers if layers is not None else range(self._layout.num_layers):
             self._written[layer] = mark
+        return mark
 
     def mark_freed(self) -> None:
         """From the engine's thread, before it gives a receive blocks that queued kernels may use.

@@ -2,45 +2,42 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
 from kvrelay.engine.device import Device
 from kvrelay.engine.linear import Embedding, Linear
 from kvrelay.engine.model.config import ModelConfig
+from kvrelay.engine.model.random_weights import RandomWeights
 from kvrelay.engine.model.rope import rope_tables
 from kvrelay.engine.model.transformer import LayerWeights, ModelWeights
-from kvrelay.engine.model.weights import OnBytesRead, WeightFolder
+from kvrelay.engine.model.weights import WeightFolder
 
 
 def load_weights(
-    folder: Path,
+    files: WeightFolder | RandomWeights,
     config: ModelConfig,
     device: Device,
     dtype: torch.dtype,
     max_model_len: int,
-    on_bytes_read: OnBytesRead | None = None,
 ) -> ModelWeights:
     """Read all weights of a model.
 
     Raises:
         ConfigError: a tensor is missing or has another shape than the configuration says.
     """
-    return _Loader(folder, config, device, dtype, on_bytes_read).load(max_model_len)
+    return _Loader(files, config, device, dtype).load(max_model_len)
 
 
 class _Loader:
     def __init__(
         self,
-        folder: Path,
+        files: WeightFolder | RandomWeights,
         config: ModelConfig,
         device: Device,
         dtype: torch.dtype,
-        on_bytes_read: OnBytesRead | None,
     ) -> None:
-        self._files = WeightFolder(folder, on_bytes_read)
+        self._files = files
         self._config = config
         self._device = device
         self._dtype = dtype
@@ -54,8 +51,8 @@ class _Loader:
             layers=[self._layer(f"model.layers.{index}.") for index in range(config.num_layers)],
             final_norm=self._vector("model.norm.weight", config.hidden_size),
             output=output,
-            cosines=cosines.unsqueeze(1),
-            sines=sines.unsqueeze(1),
+            cosines=self._device.constant(cosines.unsqueeze(1)),
+            sines=self._device.constant(sines.unsqueeze(1)),
         )
 
     def _embedding_and_output(self) -> tuple[Embedding, Linear]:
@@ -104,4 +101,4 @@ class _Loader:
         return self._device.linear(weight, bias)
 
     def _vector(self, name: str, size: int) -> Tensor:
-        return self._files.read_stacked([name], [(size,)], self._dtype)
+        return self._device.constant(self._files.read_stacked([name], [(size,)], self._dtype))

@@ -44,11 +44,11 @@ class ModelWeights:
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """``[num_rows]`` each; `sampled_rows` are those whose logits are wanted."""
+    """``[num_rows]`` each; `sampled_rows` are those whose logits are wanted, None: all."""
 
     token_ids: Tensor
     positions: Tensor
-    sampled_rows: Tensor
+    sampled_rows: Tensor | None
 
 
 class Transformer:
@@ -65,7 +65,7 @@ class Transformer:
         self._kv_size = config.num_kv_heads * config.head_dim
 
     def forward(self, batch: TokenBatch, layer_done: LayerDone | None) -> Tensor:
-        """Write the batch's KV; return logits ``[len(sampled_rows), vocab_size]`` in float32."""
+        """Write the batch's KV; return logits ``[len(sampled_rows), vocab_size]``."""
         weights = self._weights
         hidden = weights.embedding(batch.token_ids)
         cosines = weights.cosines.index_select(0, batch.positions)
@@ -75,15 +75,15 @@ class Transformer:
             attended = self._attend(index, layer, hidden, cosines, sines)
             if layer_done is not None:
                 layer_done(index)
-            if index == last:  # Nothing after this needs the other rows.
+            if index == last and batch.sampled_rows is not None:  # Nothing after this needs the other rows.
                 attended, hidden = attended[batch.sampled_rows], hidden[batch.sampled_rows]
                 if not len(hidden):
                     break
             hidden = layer.attention_output.add_to(hidden, attended)
             hidden = layer.down.add_to(hidden, self._gated(layer, hidden))
         if not len(hidden):
-            return torch.empty((0, self._config.vocab_size))
-        return weights.output(self._rows.rms_norm(hidden, weights.final_norm)).float()
+            return hidden.new_empty((0, self._config.vocab_size))
+        return weights.output(self._rows.rms_norm(hidden, weights.final_norm))
 
     def _attend(
         self, index: int, layer: LayerWeights, hidden: Tensor, cosines: Tensor, sines: Tensor

@@ -1,0 +1,200 @@
+"""Attention of the CUDA engine: our paged kernel for single tokens, PyTorch's own for prefill chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from kvrelay.engine.attention import Span
+from kvrelay.engine.cuda.kernels import (
+    combine_splits_kernel,
+    next_power_of_two,
+    paged_decode_kernel,
+    write_kv_kernel,
+)
+
+_TILE: Final = 64
+"""Keys that a decode program takes at once."""
+_PROGRAMS: Final = 264
+"""Decode programs that fill an H100's 132 multiprocessors twice."""
+_MAX_SPLITS: Final = 32
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeInputs:
+    """Of single tokens, on the device: `tables` ``[>= num_rows, max_blocks]`` int32, `num_keys`
+    ``[>= num_rows]`` int32."""
+
+    num_rows: int
+    tables: Tensor
+    num_keys: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """A prefill chunk: `slots` ``[num_keys]``, or None where its own keys are all."""
+
+    rows: slice
+    slots: Tensor | None
+
+
+class CudaAttention:
+    """`cache` is ``[num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim]`` on one device."""
+
+    def __init__(self, cache: Tensor, num_heads: int, max_blocks: int) -> None:
+        num_layers, _, _, self._block_size, self._num_kv_heads, self._head_dim = cache.shape
+        self._num_heads = num_heads
+        self._max_blocks = max_blocks
+        self._device = cache.device
+        self._is_half = cache.dtype is torch.bfloat16
+        slots = cache.view(num_layers, 2, -1, self._num_kv_heads, self._head_dim)
+        self._layers = [(slots[layer, 0], slots[layer, 1]) for layer in range(num_layers)]
+        self._write_slots = torch.empty(0, dtype=torch.int64, device=cache.device)
+        self._decode = DecodeInputs(0, self._write_slots, self._write_slots)
+        self._chunks: list[_Chunk] = []
+        self._fresh: tuple[Tensor, Tensor] | None = None
+
+    def begin(self, spans: Sequence[Span], slots: Tensor) -> None:
+        num_single = sum(span.num_tokens == 1 for span in spans)
+        tables = np.zeros((max(num_single, 1), self._max_blocks), dtype=np.int32)
+        num_keys = np.zeros(max(num_single, 1), dtype=np.int32)
+        self._chunks = []
+        row = 0
+        for span in spans:
+            if span.num_tokens == 1:
+                num_blocks = -(-span.end // self._block_size)
+                tables[row, :num_blocks] = span.block_table[:num_blocks]
+                num_keys[row] = span.end
+            else:
+                rows = slice(row, row + span.num_tokens)
+                self._chunks.append(_Chunk(rows, self._slots_of(span) if span.start else None))
+            row += span.num_tokens
+        self.begin_decode(
+            DecodeInputs(num_single, self._upload(tables), self._upload(num_keys)),
+            slots.to(self._device, non_blocking=True),
+        )
+
+    def begin_decode(self, decode: DecodeInputs, slots: Tensor) -> None:
+        """A step whose single tokens' inputs are on the device already; with no other rows it can be
+        captured."""
+        self._decode = decode
+        self._write_slots = slots
+        if decode.num_rows == slots.shape[0]:
+            self._chunks = []
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        key_cache, value_cache = self._layers[layer]
+        size = self._num_kv_heads * self._head_dim
+        write_kv_kernel[(keys.shape[0],)](
+            keys,
+            values,
+            self._write_slots,
+            key_cache,
+            value_cache,
+            keys.stride(0),
+            values.stride(0),
+            SIZE=size,
+            BLOCK=next_power_of_two(size),
+        )
+        self._fresh = (keys, values)
+
+    def attend(self, layer: int, queries: Tensor) -> Tensor:
+        if len(self._chunks) == 1 and not self._decode.num_rows:
+            return self._attend_chunk(layer, queries, self._chunks[0])
+        attended = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
+        if self._decode.num_rows:
+            self._attend_single(layer, queries, attended)
+        for chunk in self._chunks:
+            attended[chunk.rows] = self._attend_chunk(layer, queries[chunk.rows], chunk)
+        return attended
+
+    def _attend_single(self, layer: int, queries: Tensor, attended: Tensor) -> None:
+        key_cache, value_cache = self._layers[layer]
+        decode, num_rows, head_dim = self._decode, self._decode.num_rows, self._head_dim
+        splits = _num_splits(num_rows * self._num_kv_heads)
+        partial_out = partial_lse = attended
+        if splits > 1:
+            shape = (num_rows, self._num_heads, splits)
+            partial_out = queries.new_empty((*shape, head_dim), dtype=torch.float32)
+            partial_lse = queries.new_empty(shape, dtype=torch.float32)
+        per_kv = self._num_heads // self._num_kv_heads
+        paged_decode_kernel[(num_rows, self._num_kv_heads, splits)](
+            queries,
+            key_cache,
+            value_cache,
+            decode.tables,
+            decode.num_keys,
+            attended,
+            partial_out,
+            partial_lse,
+            queries.stride(0),
+            decode.tables.stride(0),
+            head_dim**-0.5,
+            HEADS_PER_KV=per_kv,
+            GROUP=max(16, next_power_of_two(per_kv)),
+            KV_HEADS=self._num_kv_heads,
+            DIM=head_dim,
+            DIM_BLOCK=max(16, next_power_of_two(head_dim)),
+            BLOCK_SIZE=self._block_size,
+            TILE=_TILE,
+            SPLITS=splits,
+            num_warps=4,
+            num_stages=3,
+        )
+        if splits > 1:
+            combine_splits_kernel[(num_rows * self._num_heads,)](
+                partial_out,
+                partial_lse,
+                attended,
+                DIM=head_dim,
+                DIM_BLOCK=next_power_of_two(head_dim),
+                SPLITS=splits,
+            )
+
+    def _attend_chunk(self, layer: int, queries: Tensor, chunk: _Chunk) -> Tensor:
+        if chunk.slots is None:
+            assert self._fresh is not None
+            keys, values = (fresh[chunk.rows] for fresh in self._fresh)
+        else:
+            keys, values = (cache.index_select(0, chunk.slots) for cache in self._layers[layer])
+        num_queries, num_keys = queries.shape[0], keys.shape[0]
+        mask: Tensor | None = None
+        if num_keys != num_queries:
+            mask = causal_lower_right(num_queries, num_keys)
+            if not self._is_half:  # PyTorch's kernels that know this mask take 16-bit values only
+                mask = torch.ones((num_queries, num_keys), dtype=torch.bool, device=queries.device).tril_(
+                    num_keys - num_queries
+                )
+        attended = F.scaled_dot_product_attention(
+            queries.transpose(0, 1).unsqueeze(0),
+            keys.transpose(0, 1).unsqueeze(0),
+            values.transpose(0, 1).unsqueeze(0),
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=self._num_heads != self._num_kv_heads,
+        )
+        return attended.squeeze(0).transpose(0, 1)
+
+    def _slots_of(self, span: Span) -> Tensor:
+        num_blocks = -(-span.end // self._block_size)
+        blocks = np.asarray(span.block_table[:num_blocks], dtype=np.int64)
+        slots = (blocks[:, None] * self._block_size + np.arange(self._block_size)).ravel()[: span.end]
+        return self._upload(slots)
+
+    def _upload(self, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> Tensor:
+        return torch.from_numpy(array).pin_memory().to(self._device, non_blocking=True)
+
+
+def _num_splits(num_programs: int) -> int:
+    """A power of two, so that few kernels are compiled."""
+    splits = 1
+    while splits < _MAX_SPLITS and num_programs * splits * 2 <= _PROGRAMS:
+        splits *= 2
+    return splits

@@ -1,0 +1,295 @@
+"""Triton kernels of the CUDA engine. Each is one launch without host synchronisation, so all can be captured.
+
+Rows of a step are padded to a captured size; a padded row has no keys and the slot -1, and is left alone.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def rms_norm_kernel(rows, weight, out, row_stride, size, epsilon, BLOCK: tl.constexpr):
+    """``out[r] = rows[r] / rms(rows[r]) * weight``, in float32. Grid: (num_rows,)."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < size
+    values = tl.load(rows + row * row_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(values * values) / size + epsilon)
+    weights = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * size + columns, (values * scale * weights).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gate_kernel(gate_up, out, size, BLOCK: tl.constexpr):
+    """``silu(gate) * up`` of ``[num_rows, 2 * size]``, gate first. Grid: (num_rows, blocks of size)."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < size
+    gate = tl.load(gate_up + row * 2 * size + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * size + size + columns, mask=inside, other=0.0).to(tl.float32)
+    gated = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out + row * size + columns, gated.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def rotate_kernel(
+    heads,
+    cosines,
+    sines,
+    row_stride,
+    num_heads,
+    HALF: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
+    HEADS_BLOCK: tl.constexpr,
+):
+    """Rotary positions in place, of ``[num_rows, num_heads, 2 * HALF]``. Grid: (num_rows, head blocks)."""
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS_BLOCK + tl.arange(0, HEADS_BLOCK)
+    column = tl.arange(0, HALF_BLOCK)
+    inside = (head < num_heads)[:, None] & (column < HALF)[None, :]
+    cosine = tl.load(cosines + row * 2 * HALF + column, mask=column < HALF, other=0.0).to(tl.float32)
+    sine = tl.load(sines + row * HALF + column, mask=column < HALF, other=0.0).to(tl.float32)
+    first = heads + row * row_stride + head[:, None] * (2 * HALF) + column[None, :]
+    low = tl.load(first, mask=inside, other=0.0).to(tl.float32)
+    high = tl.load(first + HALF, mask=inside, other=0.0).to(tl.float32)
+    kind = heads.dtype.element_ty
+    tl.store(first, (low * cosine[None, :] - high * sine[None, :]).to(kind), mask=inside)
+    tl.store(first + HALF, (high * cosine[None, :] + low * sine[None, :]).to(kind), mask=inside)
+
+
+@triton.jit
+def write_kv_kernel(
+    keys,
+    values,
+    slots,
+    key_cache,
+    value_cache,
+    key_stride,
+    value_stride,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Store rows of ``SIZE`` elements at their slots. Grid: (num_rows,)."""
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + row)
+    columns = tl.arange(0, BLOCK)
+    inside = (columns < SIZE) & (slot >= 0)
+    key = tl.load(keys + row * key_stride + columns, mask=inside)
+    value = tl.load(values + row * value_stride + columns, mask=inside)
+    tl.store(key_cache + slot * SIZE + columns, key, mask=inside)
+    tl.store(value_cache + slot * SIZE + columns, value, mask=inside)
+
+
+@triton.jit
+def paged_decode_kernel(
+    queries,
+    key_cache,
+    value_cache,
+    tables,
+    num_keys,
+    out,
+    partial_out,
+    partial_lse,
+    query_stride,
+    table_stride,
+    scale,
+    HEADS_PER_KV: tl.constexpr,
+    GROUP: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """One query token a row against its paged keys; the query heads of one KV head are one tile.
+
+    ``SPLITS`` programs share a row's keys and leave normalised parts and their log-sum-exp (base 2) for
+    `combine_splits_kernel`; with one split the result goes straight to `out`. Grid: (num_rows, KV_HEADS,
+    SPLITS). Source: flash-decoding (Dao, Haziza, Massa, Sizov 2023).
+    """
+    row = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    keys = tl.load(num_keys + row)
+    tiles = tl.cdiv(keys, TILE)
+    tiles_per_split = tl.cdiv(tiles, SPLITS)
+    first = split * tiles_per_split
+    last = tl.minimum(first + tiles_per_split, tiles)
+
+    group = tl.arange(0, GROUP)
+    column = tl.arange(0, DIM_BLOCK)
+    head = kv_head * HEADS_PER_KV + group
+    query_mask = (group < HEADS_PER_KV)[:, None] & (column < DIM)[None, :]
+    query = tl.load(
+        queries + row * query_stride + head[:, None] * DIM + column[None, :], mask=query_mask, other=0.0
+    )
+    highest = tl.full([GROUP], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP], tl.float32)
+    gathered = tl.zeros([GROUP, DIM_BLOCK], tl.float32)
+    scale_log2 = scale * 1.4426950408889634
+    for tile in range(first, last):
+        position = tile * TILE + tl.arange(0, TILE)
+        inside = position < keys
+        block = tl.load(tables + row * table_stride + position // BLOCK_SIZE, mask=inside, other=0)
+        slot = block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
+        offset = (slot * KV_HEADS + kv_head)[:, None] * DIM + column[None, :]
+        cache_mask = inside[:, None] & (column < DIM)[None, :]
+        key = tl.load(key_cache + offset, mask=cache_mask, other=0.0)
+        score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
+        score = tl.where(inside[None, :], score, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(score, 1))
+        weight = tl.exp2(score - new_highest[:, None])
+        decay = tl.exp2(highest - new_highest)
+        value = tl.load(value_cache + offset, mask=cache_mask, other=0.0)
+        total = total * decay + tl.sum(weight, 1)
+        gathered = gathered * decay[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
+        highest = new_highest
+    has_keys = last > first
+    safe = tl.where(total > 0, total, 1.0)
+    normalised = gathered / safe[:, None]
+    if SPLITS == 1:
+        tl.store(
+            out + (row * KV_HEADS * HEADS_PER_KV + head[:, None]) * DIM + column[None, :],
+            normalised.to(out.dtype.element_ty),
+            mask=query_mask,
+        )
+    else:
+        place = (row * KV_HEADS * HEADS_PER_KV + head) * SPLITS + split
+        tl.store(partial_out + place[:, None] * DIM + column[None, :], normalised, mask=query_mask)
+        lse = tl.where(has_keys, highest + tl.log2(safe), float("-inf"))
+        tl.store(partial_lse + place, lse, mask=group < HEADS_PER_KV)
+
+
+@triton.jit
+def combine_splits_kernel(
+    partial_out, partial_lse, out, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, SPLITS: tl.constexpr
+):
+    """Weigh the splits' parts by their log-sum-exp. Grid: (num_rows * num_heads,)."""
+    place = tl.program_id(0).to(tl.int64)
+    split = tl.arange(0, SPLITS)
+    column = tl.arange(0, DIM_BLOCK)
+    lse = tl.load(partial_lse + place * SPLITS + split)
+    highest = tl.max(lse, 0)
+    weight = tl.exp2(lse - tl.where(highest == float("-inf"), 0.0, highest))
+    part = tl.load(
+        partial_out + (place * SPLITS + split)[:, None] * DIM + column[None, :],
+        mask=(column < DIM)[None, :],
+        other=0.0,
+    )
+    total = tl.sum(weight, 0)
+    combined = tl.sum(part * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
+    tl.store(out + place * DIM + column, combined.to(out.dtype.element_ty), mask=column < DIM)
+
+
+@triton.jit
+def begin_step_kernel(
+    control,
+    tables,
+    last_tokens,
+    token_ids,
+    positions,
+    slots,
+    num_keys,
+    table_stride,
+    control_stride,
+    num_rows,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Unpack a decode step's control block ``[6, control_stride]``, one column a row. Grid: (1,).
+
+    Lines: token id (or ``-1 - r``: what row r of the step before drew), position (-1: padding), column of
+    the block table to set (-1: none) and its value; lines 4 and 5 are the sampler's.
+    """
+    row = tl.arange(0, BLOCK)
+    inside = row < num_rows
+    token = tl.load(control + row, mask=inside, other=0)
+    position = tl.load(control + control_stride + row, mask=inside, other=-1)
+    column = tl.load(control + 2 * control_stride + row, mask=inside, other=-1)
+    value = tl.load(control + 3 * control_stride + row, mask=inside, other=0)
+    drawn = tl.load(last_tokens + (-1 - token), mask=inside & (token < 0), other=0)
+    tl.store(token_ids + row, tl.where(token < 0, drawn, token), mask=inside)
+    is_real = inside & (position >= 0)
+    at = row.to(tl.int64) * table_stride
+    tl.store(tables + at + column, value.to(tl.int32), mask=is_real & (column >= 0))
+    index = position // BLOCK_SIZE
+    known = tl.load(tables + at + index, mask=is_real & (column != index), other=0)
+    block = tl.where(column == index, value, known.to(tl.int64))
+    tl.store(slots + row, tl.where(is_real, block * BLOCK_SIZE + position % BLOCK_SIZE, -1), mask=inside)
+    tl.store(positions + row, tl.where(is_real, position, 0), mask=inside)
+    tl.store(num_keys + row, tl.where(is_real, position + 1, 0).to(tl.int32), mask=inside)
+
+
+@triton.jit
+def draw_chunk_kernel(
+    logits,
+    keys,
+    temperatures,
+    part_scores,
+    part_ids,
+    part_best,
+    vocab_size,
+    num_chunks,
+    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Best token of one chunk of a row's vocabulary. Grid: (num_rows, num_chunks).
+
+    Score: the logit; with a temperature above 0, ``logit / temperature`` plus Gumbel noise that is a
+    function of `keys` and the token id alone, as `kvrelay.engine.noise` has it. `part_best` gets the largest
+    logit; NaN counts as larger than everything, so that a broken row shows. The lowest id wins a tie.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1)
+    temperature = tl.load(temperatures + row)
+    best_score = tl.full([], float("-inf"), tl.float64)
+    best_id = tl.full([], 0, tl.int32)
+    best_logit = tl.full([], float("-inf"), tl.float32)
+    for start in range(0, CHUNK, TILE):
+        token = chunk * CHUNK + start + tl.arange(0, TILE)
+        inside = token < vocab_size
+        logit = tl.load(logits + row * vocab_size + token, mask=inside, other=float("-inf")).to(tl.float32)
+        logit = tl.where(logit == logit, logit, float("inf"))
+        score = logit.to(tl.float64)
+        if temperature > 0:
+            key = tl.load(keys + row).to(tl.uint64, bitcast=True)
+            mixed = token.to(tl.uint64) * 0x9E3779B97F4A7C15 + key
+            mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9
+            mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB
+            mixed = mixed ^ (mixed >> 31)
+            uniform = ((mixed >> 12).to(tl.int64).to(tl.float64) + 0.5) * 2.220446049250313e-16
+            score = score / temperature - tl.log(-tl.log(uniform))
+            score = tl.where(inside, score, float("-inf"))
+        tile_score = tl.max(score, 0)
+        tile_id = tl.min(tl.where(score == tile_score, token, 0x7FFFFFFF), 0)
+        is_better = tile_score > best_score
+        best_id = tl.where(is_better, tile_id, best_id)
+        best_score = tl.where(is_better, tile_score, best_score)
+        best_logit = tl.maximum(best_logit, tl.max(logit, 0))
+    place = row * num_chunks + chunk
+    tl.store(part_scores + place, best_score)
+    tl.store(part_ids + place, best_id)
+    tl.store(part_best + place, best_logit)
+
+
+@triton.jit
+def draw_kernel(part_scores, part_ids, part_best, token_ids, best_logits, num_chunks, BLOCK: tl.constexpr):
+    """The best of a row's chunks. Grid: (num_rows,)."""
+    row = tl.program_id(0).to(tl.int64)
+    chunk = tl.arange(0, BLOCK)
+    inside = chunk < num_chunks
+    at = row * num_chunks + chunk
+    score = tl.load(part_scores + at, mask=inside, other=float("-inf"))
+    token = tl.load(part_ids + at, mask=inside, other=0x7FFFFFFF)
+    best = tl.load(part_best + at, mask=inside, other=float("-inf"))
+    winner = tl.min(tl.where(score == tl.max(score, 0), token, 0x7FFFFFFF), 0)
+    tl.store(token_ids + row, winner.to(tl.int64))
+    tl.store(best_logits + row, tl.max(best, 0))
+
+
+def next_power_of_two(value: int) -> int:
+    """The smallest that is at least `value`."""
+    return 1 << max(0, value - 1).bit_length()
