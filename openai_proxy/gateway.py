@@ -83,6 +83,10 @@ class Gateway:
             path = str(getattr(route, "path", "other"))
             self._metrics.end(path, passage.status, time.perf_counter() - passage.began_s)
 
+    def count_refusal(self, error: ApiError) -> None:
+        """A request was not let in."""
+        self._metrics.refuse(error.status)
+
     @property
     def max_body_bytes(self) -> int:
         return self._max_body_bytes
@@ -114,6 +118,7 @@ class _Passage:
             await self._gateway.serve(self)
         except ApiError as error:
             if self.status == 499:
+                self._gateway.count_refusal(error)
                 await self._refuse(error)
         finally:
             grant.release()

@@ -27,6 +27,12 @@ class ProxyMetrics:
             ("path", "status"),
             registry=self._registry,
         )
+        self._refused = Counter(
+            "kvrelay_proxy_requests_refused",
+            "HTTP requests refused before they were read: by key, limit or size",
+            ("status",),
+            registry=self._registry,
+        )
         self._seconds = Histogram(
             "kvrelay_proxy_request_seconds",
             "From a request's arrival to the end of its answer",
@@ -59,6 +65,10 @@ class ProxyMetrics:
         self._running.dec()
         self._requests.labels(path, str(status)).inc()
         self._seconds.labels(path).observe(seconds)
+
+    def refuse(self, status: int) -> None:
+        """A request was not let in."""
+        self._refused.labels(str(status)).inc()
 
     def count_answer(self, reason: str, num_prompt: int, num_cached: int, num_output: int) -> None:
         """One choice of an answer, with its tokens."""

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 MAX_STOPS = 16
@@ -14,7 +24,18 @@ MAX_NAME_CHARS = 256
 
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARS)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=MAX_NAME_CHARS)]
-Json = dict[str, Any]
+
+
+def _without_nan(value: dict[str, Any]) -> dict[str, Any]:
+    """Python's parser takes numbers that JSON has not, and what comes after it would choke on them."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        raise PydanticCustomError("not_json", "holds a number that JSON has not: NaN or Infinity") from None
+    return value
+
+
+Json = Annotated[dict[str, Any], AfterValidator(_without_nan)]
 
 
 def fault(param: str, message: str) -> PydanticCustomError:
@@ -102,3 +123,10 @@ class SamplingBody(Body):
         if self.stream_options is not None and not self.stream:
             raise fault("stream_options", "may be given only with stream: true")
         return self
+
+
+def check_names_differ(names: Sequence[str]) -> None:
+    """Refuse tools that a call could not tell apart."""
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise fault("tools", f"has two functions of the name {name!r}")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from kvrelay.openai_proxy.schema.base import Body, Json, Name, SamplingBody, fault
+from kvrelay.openai_proxy.schema.base import Body, Json, Name, SamplingBody, check_names_differ, fault
 
 MAX_MESSAGES = 4096
 MAX_TOOLS = 128
@@ -134,8 +134,8 @@ class ChatBody(SamplingBody):
             raise fault("top_logprobs", "may be given only with logprobs: true")
         if self.tool_choice not in (None, "none") and not self.tools:
             raise fault("tool_choice", "may be given only with tools")
-        if isinstance(self.tool_choice, NamedTool):
-            names = [tool.function.name for tool in self.tools]
-            if self.tool_choice.function.name not in names:
-                raise fault("tool_choice", f"names {self.tool_choice.function.name!r}, which is not in tools")
+        names = [tool.function.name for tool in self.tools]
+        check_names_differ(names)
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise fault("tool_choice", f"names {self.tool_choice.function.name!r}, which is not in tools")
         return self

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from kvrelay.openai_proxy.schema.base import MAX_NAME_CHARS, Body, Json, Name, fault
+from kvrelay.openai_proxy.schema.base import MAX_NAME_CHARS, Body, Json, Name, check_names_differ, fault
 from kvrelay.openai_proxy.schema.chat import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS
 
 _FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
@@ -133,6 +133,7 @@ class ResponseBody(Body):
         choice = self.tool_choice
         if choice not in ("auto", "none") and not self.tools:
             raise fault("tool_choice", "may be given only with tools")
+        check_names_differ([tool.name for tool in self.tools])
         if isinstance(choice, FunctionChoice) and choice.name not in [tool.name for tool in self.tools]:
             raise fault("tool_choice", f"names {choice.name!r}, which is not in tools")
         return self

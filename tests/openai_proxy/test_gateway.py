@@ -78,6 +78,8 @@ async def test_a_body_larger_than_allowed_is_413(start_proxy: Any, router: Any, 
     assert error_of(response)["code"] == "body_too_large"
     assert response.headers["connection"] == "close"
     assert not router.calls
+    figures = (await proxy.get("/metrics")).text
+    assert ('kvrelay_proxy_requests_refused_total{status="413"} 1.0' in figures) == has_length
     assert (await proxy.post("/v1/chat/completions", json=CHAT)).status_code == 200
 
 

@@ -74,6 +74,17 @@ def refusal(kind: type[BaseModel], body: dict[str, Any]) -> ApiError:
         (ChatBody, {**CHAT, "stop": ["a"] * 17}, "stop"),
         (ChatBody, {**CHAT, "top_logprobs": 2}, "top_logprobs"),
         (ChatBody, {**CHAT, "tool_choice": "required"}, "tool_choice"),
+        (ChatBody, {**CHAT, "tools": [TOOL, TOOL]}, "tools"),
+        (
+            ChatBody,
+            {
+                **CHAT,
+                "tools": [
+                    {"type": "function", "function": {"name": "f", "parameters": {"minimum": float("nan")}}}
+                ],
+            },
+            "tools[0].function.parameters",
+        ),
         (ChatBody, {**CHAT, "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
         (ChatBody, {**CHAT, "tools": [TOOL], "tool_choice": "maybe"}, "tool_choice"),
         (
@@ -111,6 +122,7 @@ def refusal(kind: type[BaseModel], body: dict[str, Any]) -> ApiError:
             "text.format.name",
         ),
         (ResponseBody, {**RESPONSE, "tool_choice": "required"}, "tool_choice"),
+        (ResponseBody, {**RESPONSE, "tools": [{"type": "function", "name": "g"}] * 2}, "tools"),
         (ResponseBody, {**RESPONSE, "tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
         (
             ResponseBody,
