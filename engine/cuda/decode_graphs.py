@@ -213,6 +213,8 @@ class DecodeGraphs:
             if held.table is table and held.num_blocks + 1 == len(table):
                 columns[index], values[index] = held.num_blocks, table[-1]
             else:
-                self._tables[row, : len(table)].copy_(torch.tensor(table, dtype=torch.int32))
+                # Pinned, or the copy would wait for the step that is under way.
+                whole = torch.tensor(table, dtype=torch.int32, pin_memory=True)
+                self._tables[row, : len(table)].copy_(whole, non_blocking=True)
             held.table, held.num_blocks = table, len(table)
         return columns, values
