@@ -133,6 +133,9 @@ async def test_ready_ranges_are_joined_into_full_messages(pair: Any, kv: Any) ->
     for token in range(64):
         handoff.ready(range(token, token + 1))
     handoff.finish()
+    reported = threading.Event()
+    pair[0].service._reactor.post(reported.set)  # behind all that was reported
+    assert await asyncio.to_thread(reported.wait, 30)
     handoff.expect()
     _, received = await assert_done(kv, handoff)
     assert received.stats.num_messages == 8
