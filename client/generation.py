@@ -108,12 +108,15 @@ class Generation:
         """
         self._mailbox.listener = partial(self._absorb_now, take)
         try:
-            while (chunk := await self.next_chunk()) is not None:
+            chunk: GenerationChunk | None = _NOTHING
+            while chunk is not None:
+                chunk = await self.next_chunk()
                 if self._take_error is not None:
                     raise self._take_error
-                pending = take(chunk) if chunk is not _NOTHING else self._pending
-                self._pending = None
-                if pending is not None:
+                pending, self._pending = self._pending, None
+                if pending is not None:  # what was taken where it came goes before what came after it
+                    await pending
+                if chunk is not None and chunk is not _NOTHING and (pending := take(chunk)) is not None:
                     await pending
         finally:
             self._mailbox.listener = None

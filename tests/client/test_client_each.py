@@ -176,3 +176,40 @@ async def test_cancel_and_time_out_end_it(router: Any, config: ClientConfig) -> 
         for call in router.calls:
             await call.wait_cancelled()
         assert client.num_requests_in_flight == 0
+
+
+async def test_what_comes_while_a_chunk_is_waited_for_is_taken_after_it(
+    client: AsyncClient, router: Any
+) -> None:
+    async def one(call: Any) -> None:
+        await call.next_tokens(1)
+        await call.cancelled.wait()
+
+    router.script = one
+    log: list[str] = []
+    waited = [asyncio.Event() for _ in range(3)]
+
+    async def wait(index: int) -> None:
+        await asyncio.sleep(0)
+        log.append(f"waited {index}")
+        waited[index].set()
+
+    def take(chunk: Any) -> Any:
+        log.append(f"took {chunk.index}")
+        return wait(chunk.index)
+
+    stream = client.generate([1], sampling=SIX)
+    reading = asyncio.create_task(stream.each(take))
+    await waited[0].wait()
+    mailbox = stream._generation._mailbox
+    for _ in range(3):  # passes of the loop, until the reader waits again
+        await asyncio.sleep(0)
+    assert mailbox.has_reader
+    mailbox.put_token(5, 0.0)  # taken where it comes
+    mailbox.put_token(6, 0.0)  # in the same pass of the event loop: has to wait
+    async with asyncio.timeout(30):
+        await waited[2].wait()
+    assert log == [f"{what} {index}" for index in range(3) for what in ("took", "waited")]
+    stream.cancel()
+    with pytest.raises(RequestCancelled):
+        await reading
