@@ -60,6 +60,8 @@ class EngineConfig:
     call it, by default the folder's or model's name. The KV pool has `num_blocks` blocks, or, where that
     is None, as many as `kv_bytes` hold. `device` is ``cpu``, ``cuda`` or ``cuda:N``. With
     `random_weights` the folder needs no weights: they are drawn, for measuring the speed of a shape.
+    `tensor_parallel_size` GPUs of this host (`device` and those after it), each in a process of its own,
+    share the model's heads and the KV pool; on the CPU so many processes do, mostly for trying it out.
     `max_model_len` None: the model's own, or the KV pool's if that is smaller. `num_threads` None: as
     many as torch takes by itself. `layers_per_group` None: layers are grouped so that one group's KV of a
     chunk is at least 1 MiB. `tokenizer` is a folder with what clients turn text into tokens with: the
@@ -76,6 +78,7 @@ class EngineConfig:
     dtype: str = "float32"
     device: str = "cpu"
     random_weights: bool = False
+    tensor_parallel_size: int = 1
     num_blocks: int | None = None
     kv_bytes: int = DEFAULT_KV_BYTES
     block_size: int = 16
@@ -94,6 +97,7 @@ class EngineConfig:
         faults = [
             f"{name} must be from {low} to {high}, got {value!r}"
             for name, value, low, high in (
+                ("tensor_parallel_size", self.tensor_parallel_size, 1, 64),
                 ("num_blocks", self.num_blocks, 2, 1 << 28),
                 ("kv_bytes", self.kv_bytes, 1 << 10, 1 << 44),
                 ("block_size", self.block_size, 1, 1024),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from kvrelay.core.kv import KVLayout, KVStore
 from kvrelay.engine.attention import Attention
 from kvrelay.engine.cpu_attention import CpuAttention
+from kvrelay.engine.cuda.kv_store import CudaKVStore
 from kvrelay.engine.host_kv import HostKVStore
 from kvrelay.engine.linear import (
     Embedding,
@@ -24,6 +26,7 @@ from kvrelay.engine.row_operations import RowOperations, TorchRows
 
 if TYPE_CHECKING:
     from kvrelay.engine.compiled.openmp import OpenMP
+    from kvrelay.engine.cuda.decode_graphs import DecodeGraphs
     from kvrelay.engine.model.transformer import Transformer
     from kvrelay.engine.model_runner import ModelRunner
     from kvrelay.engine.paged_engine import Executor
@@ -53,19 +56,25 @@ class Device(Protocol):
         """Input embedding and output layer that share one matrix ``[vocab_size, hidden_size]``."""
         ...
 
-    def kv_cache(self, layout: KVLayout) -> Tensor:
-        """Zeros of the layout's shape."""
+    def kv_cache(self, layout: KVLayout, memory: Tensor | None = None) -> Tensor:
+        """Zeros of the layout's shape, in `memory` (uint8 zeros) where that is given."""
         ...
 
-    def kv_store(self, layout: KVLayout, cache: Tensor) -> KVStore: ...
+    def kv_store(self, layout: KVLayout, caches: Sequence[Tensor]) -> KVStore:
+        """Of all ranks' caches, by rank; `layout` is the whole node's."""
+        ...
 
     def attention(self, cache: Tensor, num_heads: int) -> Attention: ...
 
     def rows(self, dtype: torch.dtype, head_dim: int, rms_norm_eps: float) -> RowOperations: ...
 
-    def executor(
-        self, runner: ModelRunner, model: Transformer, attention: Attention, vocab_size: int, max_rows: int
-    ) -> Executor:
+    def decode_graphs(
+        self, model: Transformer, attention: Attention, vocab_size: int, max_rows: int, block_size: int
+    ) -> DecodeGraphs | None:
+        """Not captured yet; None: the device has none."""
+        ...
+
+    def executor(self, runner: ModelRunner, graphs: DecodeGraphs | None) -> Executor:
         """What runs the steps: `runner`, or what does better with some of them."""
         ...
 
@@ -96,7 +105,7 @@ class CpuDevice:
                 return embedding, linear
         return PlainEmbedding(weight), PlainLinear(weight)
 
-    def kv_cache(self, layout: KVLayout) -> Tensor:
+    def kv_cache(self, layout: KVLayout, memory: Tensor | None = None) -> Tensor:
         shape = (
             layout.num_layers,
             2,
@@ -105,11 +114,14 @@ class CpuDevice:
             layout.num_kv_heads,
             layout.head_dim,
         )
-        return torch.zeros(shape, dtype=TORCH_DTYPES[layout.dtype])
+        dtype = TORCH_DTYPES[layout.dtype]
+        return torch.zeros(shape, dtype=dtype) if memory is None else memory.view(dtype).view(shape)
 
-    def kv_store(self, layout: KVLayout, cache: Tensor) -> KVStore:
+    def kv_store(self, layout: KVLayout, caches: Sequence[Tensor]) -> KVStore:
+        if len(caches) > 1:
+            return CudaKVStore(layout, caches)
         num_slots = layout.num_blocks * layout.block_size
-        slots = cache.view(torch.uint8).view(layout.num_layers, 2, num_slots, -1)
+        slots = caches[0].view(torch.uint8).view(layout.num_layers, 2, num_slots, -1)
         return HostKVStore(layout, slots.numpy())
 
     def attention(self, cache: Tensor, num_heads: int) -> Attention:
@@ -127,9 +139,12 @@ class CpuDevice:
 
         return CompiledRows(self._openmp, dtype, head_dim, rms_norm_eps)
 
-    def executor(
-        self, runner: ModelRunner, model: Transformer, attention: Attention, vocab_size: int, max_rows: int
-    ) -> Executor:
+    def decode_graphs(
+        self, model: Transformer, attention: Attention, vocab_size: int, max_rows: int, block_size: int
+    ) -> DecodeGraphs | None:
+        return None
+
+    def executor(self, runner: ModelRunner, graphs: DecodeGraphs | None) -> Executor:
         return runner
 
 

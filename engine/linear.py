@@ -28,6 +28,10 @@ class Linear(Protocol):
         """``residual + y``; may mutate and return `residual`."""
         ...
 
+    def replace(self, residual: Tensor, rows: Tensor) -> Tensor:
+        """``y``, in the shape of `residual`, which it may overwrite and return."""
+        ...
+
 
 class Embedding(Protocol):
     """Rows of a matrix ``[vocab_size, hidden_size]`` by token id."""
@@ -47,6 +51,9 @@ class PlainLinear:
 
     def add_to(self, residual: Tensor, rows: Tensor) -> Tensor:
         return residual + F.linear(rows, self._weight, self._bias)
+
+    def replace(self, residual: Tensor, rows: Tensor) -> Tensor:
+        return self(rows)
 
 
 class PlainEmbedding:
@@ -80,6 +87,9 @@ class PackedLinear:
             return residual + self(rows)
         result: Tensor = self._multiply_add(rows, residual, self.packed, self._bias, "add")
         return result
+
+    def replace(self, residual: Tensor, rows: Tensor) -> Tensor:
+        return self(rows)
 
     def _one_row_differs(self, weight: Tensor) -> bool:
         """Whether one row alone is summed in another order than among others (some shapes, some CPUs)."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -10,38 +11,35 @@ from torch import Tensor
 from kvrelay.core.errors import InvalidRequest
 from kvrelay.core.kv import KVStore
 from kvrelay.core.request import TokenRequest
-from kvrelay.engine.attention import Attention, Span
+from kvrelay.engine.forward_pass import ForwardPass, StepInputs, step_inputs
 from kvrelay.engine.grammar import GrammarCompiler
-from kvrelay.engine.host_kv import slot_runs
-from kvrelay.engine.model.transformer import TokenBatch, Transformer
 from kvrelay.engine.paged_engine import DrawFailed, DrawnToken, LayerDone
 from kvrelay.engine.sampler import DrawRequest, draw
 from kvrelay.engine.sequence import Chunk, LiveSequence
 from kvrelay.engine.token_mask import allowed_tokens
 
+Broadcast: TypeAlias = Callable[[StepInputs], None]
+
 
 class ModelRunner:
-    """See `kvrelay.engine.paged_engine.Executor`."""
+    """See `kvrelay.engine.paged_engine.Executor`. `broadcast` brings steps' inputs to the other ranks."""
 
     def __init__(
         self,
-        model: Transformer,
-        attention: Attention,
+        forward_pass: ForwardPass,
         kv: KVStore,
         grammars: GrammarCompiler,
         *,
         vocab_size: int,
         eos_token_ids: Sequence[int],
-        device: torch.device,
+        broadcast: Broadcast | None = None,
     ) -> None:
-        self._device = device
-        self._model = model
+        self._forward_pass = forward_pass
         self._grammars = grammars
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
-        self._attention = attention
         self._kv = kv
-        self._block_size = kv.layout.block_size
+        self._broadcast = broadcast
 
     @property
     def kv(self) -> KVStore:
@@ -61,9 +59,10 @@ class ModelRunner:
 
     def forward(self, chunks: Sequence[Chunk], layer_done: LayerDone | None) -> Tensor:
         """Compute the chunks' KV; returns logits ``[chunks that sample, vocab_size]``, in their order."""
-        ordered = sorted(chunks, key=lambda chunk: chunk.num_tokens > 1)
-        self._begin_attention(ordered)
-        return self._model.forward(_token_batch(chunks, ordered, self._device), layer_done)
+        inputs = step_inputs(chunks)
+        if self._broadcast is not None:
+            self._broadcast(inputs)
+        return self._forward_pass.run(inputs, layer_done)
 
     def draw(self, logits: Tensor, chunks: Sequence[Chunk]) -> list[DrawnToken | DrawFailed]:
         """The next token of each chunk, from its row of `logits` ``[len(chunks), vocab_size]``."""
@@ -80,28 +79,3 @@ class ModelRunner:
         except InvalidRequest as error:
             allowed = DrawFailed(error.message, error.field or "")
         return DrawRequest(request.sampling, sequence.token_ids, request.num_prompt_tokens, allowed)
-
-    def _begin_attention(self, chunks: Sequence[Chunk]) -> None:
-        spans = [Span(chunk.sequence.block_table, chunk.start, chunk.num_tokens) for chunk in chunks]
-        slots: list[int] = []
-        for span in spans:
-            for slot, _, num in slot_runs(span.block_table, range(span.start, span.end), self._block_size):
-                slots.extend(range(slot, slot + num))
-        self._attention.begin(spans, torch.tensor(slots))
-
-
-def _token_batch(chunks: Sequence[Chunk], ordered: Sequence[Chunk], device: torch.device) -> TokenBatch:
-    """Rows in the order of `ordered`, logits in that of `chunks`."""
-    token_ids: list[int] = []
-    positions: list[int] = []
-    last_row: dict[int, int] = {}
-    for chunk in ordered:
-        token_ids += chunk.sequence.token_ids[chunk.start : chunk.end]
-        positions += range(chunk.start, chunk.end)
-        last_row[id(chunk)] = len(token_ids) - 1
-    sampled_rows = [last_row[id(chunk)] for chunk in chunks if chunk.samples]
-    return TokenBatch(
-        torch.tensor(token_ids, device=device),
-        torch.tensor(positions, device=device),
-        torch.tensor(sampled_rows, dtype=torch.int64, device=device),
-    )

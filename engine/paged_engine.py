@@ -192,6 +192,9 @@ class PagedEngine:
     def load(self) -> EngineLoad:
         return self._scheduler.load()
 
+    def close(self) -> None:
+        return
+
     def check(self) -> None:
         """Assert every invariant of scheduler and block pool; for tests."""
         self._scheduler.check()

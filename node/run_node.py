@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Final
 
@@ -61,7 +62,7 @@ def run_node(config: NodeConfig, make_core: MakeCore) -> int:
         gc.collect()
         gc.freeze()
         core_config = NodeCoreConfig(_max_attempts(config), engine.info.fingerprint.digest)
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        with closing(engine), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_serve(config, make_core(core_config), engine, tokenizer))
     except KVRelayError as error:
         for line in error.message.splitlines():

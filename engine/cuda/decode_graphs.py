@@ -7,12 +7,13 @@ launched before the host has seen the tokens of the one before it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvrelay.core.ids import BlockId
@@ -53,6 +54,19 @@ class _Row:
 
 
 @dataclass(frozen=True, slots=True)
+class GraphInputs:
+    """What a step of `size` rows needs, as plain data: `control` ``[6, size]`` int64, and the block tables
+    ``[num_blocks]`` int32 of rows that can't have theirs from it."""
+
+    size: int
+    control: NDArray[np.int64]
+    tables: Sequence[tuple[int, NDArray[np.int32]]]
+
+
+Broadcast: TypeAlias = Callable[[GraphInputs], None]
+
+
+@dataclass(frozen=True, slots=True)
 class GraphStep:
     """A launched step. `rows[i]` is where chunk i's results are; `logits` ``[size, vocab_size]`` are good
     until the next launch."""
@@ -70,7 +84,11 @@ class GraphStep:
 
 
 class DecodeGraphs:
-    """For up to `max_rows` sequences of one model. `capture` comes first; all on one stream."""
+    """For up to `max_rows` sequences of one model. `capture` comes first; all on one stream.
+
+    With tensor parallelism every rank captures and replays the same; `broadcast` brings the inputs of what
+    this one launches to the others.
+    """
 
     def __init__(
         self,
@@ -84,11 +102,12 @@ class DecodeGraphs:
         sampler: CudaSampler,
     ) -> None:
         self.max_rows = max_rows
+        self.sampler = sampler
+        self.broadcast: Broadcast | None = None
         self._model = model
         self._attention = attention
         self._block_size = block_size
         self._sizes = graph_sizes(max_rows)
-        self._sampler = sampler
         self._control = torch.full((6, max_rows), -1, dtype=torch.int64, device=device)
         self._tables = torch.zeros((max_rows, max_blocks), dtype=torch.int32, device=device)
         self._last_tokens = torch.zeros(max_rows, dtype=torch.int64, device=device)
@@ -123,7 +142,8 @@ class DecodeGraphs:
                 self._run(size)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            # Only what this thread does may not wait for the device: NCCL's own thread looks after its work.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 logits = self._run(size)
             self._graphs[size] = (graph, logits)
         torch.cuda.synchronize()
@@ -133,30 +153,47 @@ class DecodeGraphs:
         launch."""
         size = next(size for size in self._sizes if size >= len(chunks))
         rows = self._assign_rows([chunk.sequence for chunk in chunks], size)
+        inputs = self._inputs(chunks, rows, size)
+        if self.broadcast is not None:
+            self.broadcast(inputs)
+        buffers, logits = self.replay(inputs)
+        self._last_row_of = {id(chunk.sequence): row for chunk, row in zip(chunks, rows, strict=True)}
+        return GraphStep(rows, logits, buffers)
+
+    @torch.inference_mode()
+    def replay(self, inputs: GraphInputs) -> tuple[_HostBuffers, Tensor]:
+        """Queue one step; returns where its tokens will be, and its logits ``[size, vocab_size]``."""
         buffers = self._host[self._num_launched % _NUM_IN_FLIGHT]
         self._num_launched += 1
         buffers.done.synchronize()
-        control = buffers.control.numpy()
-        control[:] = 0
+        buffers.control.numpy()[:, : inputs.size] = inputs.control
+        for row, table in inputs.tables:
+            # Pinned, or the copy would wait for the step that is under way.
+            self._tables[row, : len(table)].copy_(torch.from_numpy(table).pin_memory(), non_blocking=True)
+        self._control.copy_(buffers.control, non_blocking=True)
+        graph, logits = self._graphs[inputs.size]
+        graph.replay()
+        buffers.token_ids.copy_(self._last_tokens, non_blocking=True)
+        buffers.best.copy_(self._best, non_blocking=True)
+        buffers.done.record()
+        return buffers, logits
+
+    def _inputs(self, chunks: Sequence[Chunk], rows: Sequence[int], size: int) -> GraphInputs:
+        control = np.zeros((6, size), dtype=np.int64)
         control[_POSITION] = control[_COLUMN] = -1
+        columns, values, tables = self._new_blocks(rows, chunks)
         control[:, rows] = [
             [self._token_of(chunk) for chunk in chunks],
             [chunk.start for chunk in chunks],
-            *self._update_tables(rows, chunks),
+            columns,
+            values,
             [draw_key(chunk) for chunk in chunks],
             [0] * len(chunks),
         ]
         control[_TEMPERATURE].view(np.float64)[rows] = [
             chunk.sequence.request.sampling.temperature for chunk in chunks
         ]
-        self._control.copy_(buffers.control, non_blocking=True)
-        graph, logits = self._graphs[size]
-        graph.replay()
-        buffers.token_ids.copy_(self._last_tokens, non_blocking=True)
-        buffers.best.copy_(self._best, non_blocking=True)
-        buffers.done.record()
-        self._last_row_of = {id(chunk.sequence): row for chunk, row in zip(chunks, rows, strict=True)}
-        return GraphStep(rows, logits, buffers)
+        return GraphInputs(size, control, tables)
 
     def _run(self, size: int) -> Tensor:
         begin_step_kernel[(1,)](
@@ -175,7 +212,7 @@ class DecodeGraphs:
         )
         self._attention.begin_decode(DecodeInputs(size, self._tables, self._num_keys), self._slots[:size])
         logits = self._model.forward(TokenBatch(self._token_ids[:size], self._positions[:size], None), None)
-        self._sampler.draw(
+        self.sampler.draw(
             logits,
             self._control[_KEY],
             self._control[_TEMPERATURE].view(torch.float64),
@@ -203,9 +240,12 @@ class DecodeGraphs:
             rows.append(self._row_of[id(sequence)])
         return rows
 
-    def _update_tables(self, rows: Sequence[int], chunks: Sequence[Chunk]) -> tuple[list[int], list[int]]:
-        """Columns and values of blocks that the control block brings; longer news are copied here."""
+    def _new_blocks(
+        self, rows: Sequence[int], chunks: Sequence[Chunk]
+    ) -> tuple[list[int], list[int], list[tuple[int, NDArray[np.int32]]]]:
+        """Columns and values of blocks that the control block brings; tables that have to come whole."""
         columns, values = [-1] * len(rows), [0] * len(rows)
+        tables: list[tuple[int, NDArray[np.int32]]] = []
         for index, (row, chunk) in enumerate(zip(rows, chunks, strict=True)):
             held, table = self._rows[row], chunk.sequence.block_table
             if held.table is table and held.num_blocks == len(table):
@@ -213,8 +253,6 @@ class DecodeGraphs:
             if held.table is table and held.num_blocks + 1 == len(table):
                 columns[index], values[index] = held.num_blocks, table[-1]
             else:
-                # Pinned, or the copy would wait for the step that is under way.
-                whole = torch.tensor(table, dtype=torch.int32, pin_memory=True)
-                self._tables[row, : len(table)].copy_(whole, non_blocking=True)
+                tables.append((row, np.array(table, dtype=np.int32)))
             held.table, held.num_blocks = table, len(table)
-        return columns, values
+        return columns, values, tables

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,11 @@ class CudaLinear:
         result = residual.addmm_(rows, self._transposed)
         return result if self._bias is None else result.add_(self._bias)
 
+    def replace(self, residual: Tensor, rows: Tensor) -> Tensor:
+        """In place."""
+        result = torch.mm(rows, self._transposed, out=residual)
+        return result if self._bias is None else result.add_(self._bias)
+
 
 class CudaDevice:
     """See `kvrelay.engine.device.Device`.
@@ -68,7 +75,7 @@ class CudaDevice:
         shared = self.constant(weight)
         return PlainEmbedding(shared), CudaLinear(shared, None)
 
-    def kv_cache(self, layout: KVLayout) -> Tensor:
+    def kv_cache(self, layout: KVLayout, memory: Tensor | None = None) -> Tensor:
         shape = (
             layout.num_layers,
             2,
@@ -77,32 +84,33 @@ class CudaDevice:
             layout.num_kv_heads,
             layout.head_dim,
         )
+        assert memory is None, "only host memory is given from outside"
         return torch.zeros(shape, dtype=TORCH_DTYPES[layout.dtype], device=self.device)
 
-    def kv_store(self, layout: KVLayout, cache: Tensor) -> CudaKVStore:
-        return CudaKVStore(layout, cache)
+    def kv_store(self, layout: KVLayout, caches: Sequence[Tensor]) -> CudaKVStore:
+        return CudaKVStore(layout, caches)
 
     def attention(self, cache: Tensor, num_heads: int) -> CudaAttention:
         return CudaAttention(cache, num_heads, self._max_blocks)
 
-    def executor(
-        self, runner: ModelRunner, model: Transformer, attention: Attention, vocab_size: int, max_rows: int
-    ) -> CudaRunner:
+    def decode_graphs(
+        self, model: Transformer, attention: Attention, vocab_size: int, max_rows: int, block_size: int
+    ) -> DecodeGraphs:
         assert isinstance(attention, CudaAttention)
-        kv = runner.kv
-        assert isinstance(kv, CudaKVStore)
-        sampler = CudaSampler(max_rows, vocab_size, self.device)
-        graphs = DecodeGraphs(
+        return DecodeGraphs(
             model,
             attention,
             self.device,
             max_rows=max_rows,
             max_blocks=self._max_blocks,
-            block_size=kv.layout.block_size,
-            sampler=sampler,
+            block_size=block_size,
+            sampler=CudaSampler(max_rows, vocab_size, self.device),
         )
-        graphs.capture()
-        return CudaRunner(runner, graphs, sampler, kv)
+
+    def executor(self, runner: ModelRunner, graphs: DecodeGraphs | None) -> CudaRunner:
+        assert graphs is not None
+        assert isinstance(runner.kv, CudaKVStore)
+        return CudaRunner(runner, graphs, runner.kv)
 
     def rows(self, dtype: torch.dtype, head_dim: int, rms_norm_eps: float) -> CudaRows:
         return CudaRows(rms_norm_eps)

@@ -11,7 +11,7 @@ from kvrelay.core.request import TokenRequest
 from kvrelay.engine.cuda.copy_stream import Mark
 from kvrelay.engine.cuda.decode_graphs import DecodeGraphs, GraphStep
 from kvrelay.engine.cuda.kv_store import CudaKVStore
-from kvrelay.engine.cuda.sampler import CudaSampler, PreparedDraw, drawn_tokens, is_plain
+from kvrelay.engine.cuda.sampler import PreparedDraw, drawn_tokens, is_plain
 from kvrelay.engine.model_runner import ModelRunner
 from kvrelay.engine.paged_engine import DrawFailed, DrawnToken, LayerDone
 from kvrelay.engine.sequence import Chunk, LiveSequence
@@ -20,12 +20,10 @@ from kvrelay.engine.sequence import Chunk, LiveSequence
 class CudaRunner:
     """See `kvrelay.engine.paged_engine.AheadExecutor`."""
 
-    def __init__(
-        self, eager: ModelRunner, graphs: DecodeGraphs, sampler: CudaSampler, kv: CudaKVStore
-    ) -> None:
+    def __init__(self, eager: ModelRunner, graphs: DecodeGraphs, kv: CudaKVStore) -> None:
         self._eager = eager
         self._graphs = graphs
-        self._sampler = sampler
+        self._sampler = graphs.sampler
         self._kv = kv
 
     @property

@@ -52,11 +52,21 @@ class TokenBatch:
 
 
 class Transformer:
-    """A loaded model over one attention, whose `begin` has been called for the batch."""
+    """A loaded model over one attention, whose `begin` has been called for the batch.
+
+    With tensor parallelism `config` is that of one rank's part, and `is_sharded` is set.
+    """
 
     def __init__(
-        self, config: ModelConfig, weights: ModelWeights, attention: Attention, rows: RowOperations
+        self,
+        config: ModelConfig,
+        weights: ModelWeights,
+        attention: Attention,
+        rows: RowOperations,
+        *,
+        is_sharded: bool = False,
     ) -> None:
+        self._is_sharded = is_sharded
         self._config = config
         self._weights = weights
         self._attention = attention
@@ -73,13 +83,17 @@ class Transformer:
         last = len(weights.layers) - 1
         for index, layer in enumerate(weights.layers):
             attended = self._attend(index, layer, hidden, cosines, sines)
-            if layer_done is not None:
+            if layer_done is not None and not self._is_sharded:
                 layer_done(index)
             if index == last and batch.sampled_rows is not None:  # Nothing after this needs the other rows.
                 attended, hidden = attended[batch.sampled_rows], hidden[batch.sampled_rows]
-                if not len(hidden):
+                if not len(hidden) and not self._is_sharded:
                     break
             hidden = layer.attention_output.add_to(hidden, attended)
+            if layer_done is not None and self._is_sharded:  # the sum over the ranks waits for all their KV
+                layer_done(index)
+            if not len(hidden):
+                break
             hidden = layer.down.add_to(hidden, self._gated(layer, hidden))
         if not len(hidden):
             return hidden.new_empty((0, self._config.vocab_size))
