@@ -1,14 +1,14 @@
 """How fast the torch engine decodes and prefills on one GPU, beside the memory's limit and, if asked, vLLM.
 
     python -m benchmarks.engine_gpu [--json] [--batches 1 8 32 128 256] [--prompts 1024 4096 8192 15000]
-        [--vllm PYTHONPATH] [--model FOLDER] [--profile FILE]
+        [--tensor-parallel 1] [--step-tokens 16384] [--vllm PYTHONPATH] [--model FOLDER] [--profile FILE]
 
 The shape is Llama-3.1-8B's with random weights in bfloat16; prompts are random tokens, prefix caching can't
 hit. Decode is what 256 further tokens of each sequence cost, all sequences together, after prompts of 128
 tokens (the time of 257 output tokens less that of one); prefill the time to one token of one prompt. The
 limit is the bytes of weights and KV that a step has to read over the bandwidth of a plain device copy, which
-is measured here. With ``--vllm`` vLLM does the same work afterwards, in a process of its own with that
-PYTHONPATH, with CUDA graphs and its own defaults.
+is measured here; with tensor parallelism each GPU reads its part. With ``--vllm`` vLLM does the same work
+afterwards, in a process of its own with that PYTHONPATH, with CUDA graphs and its own defaults.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def measure(run: RunOnce, batches: list[int], prompts: list[int]) -> dict[str, f
     return found
 
 
-def kvrelay_runner(folder: Path, max_num_seqs: int) -> RunOnce:
+def kvrelay_runner(folder: Path, max_num_seqs: int, num_gpus: int, step_tokens: int) -> RunOnce:
     """The engine, stepped by this thread."""
     from kvrelay.engine.config import EngineConfig
     from kvrelay.engine.factory import load_engine
@@ -95,10 +95,12 @@ def kvrelay_runner(folder: Path, max_num_seqs: int) -> RunOnce:
             kv_bytes=32 << 30,
             max_model_len=MAX_MODEL_LEN,
             max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=MAX_MODEL_LEN,
+            max_num_batched_tokens=step_tokens,
+            tensor_parallel_size=num_gpus,
             max_waiting=1024,
         )
     )
+    engine.prepare_thread()
     number = 0
 
     def run(prompts: list[list[int]], num_tokens: int) -> float:
@@ -119,7 +121,7 @@ def kvrelay_runner(folder: Path, max_num_seqs: int) -> RunOnce:
     return run
 
 
-def vllm_runner(folder: Path, max_num_seqs: int) -> RunOnce:
+def vllm_runner(folder: Path, max_num_seqs: int, num_gpus: int, step_tokens: int) -> RunOnce:
     """vLLM's offline engine."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
@@ -133,7 +135,8 @@ def vllm_runner(folder: Path, max_num_seqs: int) -> RunOnce:
         gpu_memory_utilization=0.85,
         max_num_seqs=max_num_seqs,
         enable_prefix_caching=False,
-        max_num_batched_tokens=MAX_MODEL_LEN,
+        max_num_batched_tokens=step_tokens,
+        tensor_parallel_size=num_gpus,
         disable_log_stats=True,
     )
 
@@ -180,6 +183,7 @@ def run_vllm(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     """In a process of its own."""
     command = [sys.executable, "-m", "benchmarks.engine_gpu", "--only-vllm", "--json", "--model", str(folder)]
     command += ["--batches", *map(str, args.batches), "--prompts", *map(str, args.prompts)]
+    command += [f"--tensor-parallel={args.tensor_parallel}", f"--step-tokens={args.step_tokens}"]
     path = os.pathsep.join([args.vllm, os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True)
     if done.returncode:
@@ -205,6 +209,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 128, 256])
     parser.add_argument("--prompts", type=int, nargs="+", default=[1024, 4096, 8192, 15000])
+    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="GPUS")
+    parser.add_argument("--step-tokens", type=int, default=MAX_MODEL_LEN, help="at most, in one step")
     parser.add_argument("--vllm", metavar="PYTHONPATH", help="also run vLLM, found there")
     parser.add_argument("--only-vllm", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help="a folder with another config.json")
@@ -215,11 +221,12 @@ def main() -> None:
         if args.model is None:
             (folder / "config.json").write_text(json.dumps(LLAMA_3_1_8B))
         if args.only_vllm:
-            found = measure(vllm_runner(folder, max(args.batches)), args.batches, args.prompts)
+            llm = vllm_runner(folder, max(args.batches), args.tensor_parallel, args.step_tokens)
+            found = measure(llm, args.batches, args.prompts)
             print(json.dumps(found))
             return
         began_s = time.perf_counter()
-        run = kvrelay_runner(folder, max(args.batches))
+        run = kvrelay_runner(folder, max(args.batches), args.tensor_parallel, args.step_tokens)
         startup_s = time.perf_counter() - began_s
         figures = {"kvrelay": measure(run, args.batches, args.prompts)}
         if args.profile:
@@ -243,7 +250,7 @@ def main() -> None:
     for what, ms in figures["kvrelay"].items():
         kind, count = what.split()
         line = f"{what:16}{ms:>9.2f}{int(count) / ms * 1e3:>9.0f}"
-        limit_ms = bytes_of_step(int(count)) / bandwidth * 1e3
+        limit_ms = bytes_of_step(int(count)) / bandwidth * 1e3 / args.tensor_parallel
         line += f"{limit_ms / ms:>10.0%}" if kind == "decode" and args.model is None else f"{'':10}"
         if args.vllm:
             line += f"{figures['vllm'][what]:>10.2f}{figures['vllm'][what] / ms:>8.2f}"

@@ -27,6 +27,11 @@ class Span:
 class Attention(Protocol):
     """One per engine, used for all layers."""
 
+    def prepare_thread(self, max_step_tokens: int, max_model_len: int) -> None:
+        """What the thread that computes needs once, before its first step; a step has at most so many
+        tokens, a sequence so many."""
+        ...
+
     def begin(self, spans: Sequence[Span], slots: Tensor) -> None:
         """Prepare a step. `slots` ``[num_rows]`` is where each row's KV goes; single tokens first."""
         ...

@@ -67,6 +67,9 @@ class CpuAttention:
         self._long: list[_Context] = []
         self._chunks: list[_Context] = []
 
+    def prepare_thread(self, max_step_tokens: int, max_model_len: int) -> None:
+        return
+
     def begin(self, spans: Sequence[Span], slots: Tensor) -> None:
         self._write_slots = slots
         self._long, self._chunks = [], []

@@ -49,15 +49,29 @@ def step_inputs(chunks: Sequence[Chunk]) -> StepInputs:
 
 
 class ForwardPass:
-    """A model and its attention, on one device."""
+    """A model and its attention, on one device; a step has at most `max_step_tokens`."""
 
     def __init__(
-        self, model: Transformer, attention: Attention, block_size: int, device: torch.device
+        self,
+        model: Transformer,
+        attention: Attention,
+        *,
+        block_size: int,
+        device: torch.device,
+        max_step_tokens: int,
+        max_model_len: int,
     ) -> None:
+        self._max_step_tokens = max_step_tokens
+        self._max_model_len = max_model_len
         self._model = model
         self._attention = attention
         self._block_size = block_size
         self._device = device
+
+    @torch.inference_mode()
+    def prepare_thread(self) -> None:
+        """What the thread that calls `run` needs once, before."""
+        self._attention.prepare_thread(self._max_step_tokens, self._max_model_len)
 
     def run(self, inputs: StepInputs, layer_done: LayerDone | None) -> Tensor:
         """Compute the step's KV; returns logits ``[len(sampled_rows), vocab_size]``."""

@@ -140,6 +140,11 @@ class Engine(Protocol):
     @property
     def kv(self) -> KVStore: ...
 
+    def prepare_thread(self) -> None:
+        """Called once in the thread that will call `step`, before: what libraries keep for each thread is
+        set up now and not by the first request. Without it the engine works, only slower at first."""
+        ...
+
     def set_kv_ready_listener(self, listener: KVReadyListener | None) -> None:
         """Who hears of KV computed by `submit_prefill` sequences. Ranges of one sequence come in order of
         tokens, and within a range of tokens in order of layers; a prefix-cache hit is reported first, as one

@@ -45,6 +45,9 @@ class ModelRunner:
     def kv(self) -> KVStore:
         return self._kv
 
+    def prepare_thread(self) -> None:
+        self._forward_pass.prepare_thread()
+
     def prepare(self, request: TokenRequest) -> object:
         grammar = request.sampling.grammar
         if grammar is None:

@@ -53,6 +53,10 @@ class Executor(Protocol):
     @property
     def kv(self) -> KVStore: ...
 
+    def prepare_thread(self) -> None:
+        """See `kvrelay.engine.interface.Engine`."""
+        ...
+
     def prepare(self, request: TokenRequest) -> object:
         """A new sequence's `executor_state`.
 
@@ -191,6 +195,9 @@ class PagedEngine:
 
     def load(self) -> EngineLoad:
         return self._scheduler.load()
+
+    def prepare_thread(self) -> None:
+        self._executor.prepare_thread()
 
     def close(self) -> None:
         return

@@ -74,7 +74,7 @@ class _Ranks:
                 self.followers.store,
                 dtype=plan.dtype,
                 hidden_size=plan.model_config.hidden_size,
-                max_small_rows=plan.config.max_num_seqs,
+                max_rows=plan.config.max_num_batched_tokens,
             )
         except BaseException:
             self.followers.close()

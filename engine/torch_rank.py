@@ -71,8 +71,7 @@ def open_device(plan: EnginePlan, rank: int) -> Device:
         from kvrelay.engine.cuda.device import CudaDevice
     except ImportError as error:
         raise ConfigError(f"device {config.device!r} needs Triton: {error}") from error
-    first = int(config.device.partition(":")[2] or 0)
-    return CudaDevice(f"cuda:{first + rank}", plan.max_model_len, config.block_size)
+    return CudaDevice(config.device, rank, plan.max_model_len, config.block_size)
 
 
 class TorchRank:
@@ -105,7 +104,14 @@ class TorchRank:
             self.attention = device.attention(self.cache, part.num_heads)
             rows = device.rows(self.cache.dtype, part.head_dim, part.rms_norm_eps)
         self.model = Transformer(part, weights, self.attention, rows, is_sharded=shard.size > 1)
-        self.forward_pass = ForwardPass(self.model, self.attention, plan.layout.block_size, device.device)
+        self.forward_pass = ForwardPass(
+            self.model,
+            self.attention,
+            block_size=plan.layout.block_size,
+            device=device.device,
+            max_step_tokens=plan.config.max_num_batched_tokens,
+            max_model_len=plan.max_model_len,
+        )
 
 
 def _weight_files(

@@ -61,6 +61,8 @@ class _FirstKV:
 class EngineThread:
     """Runs an engine. `deliver` is called on the event loop, `push_ready` in the engine's thread.
 
+    `prepared` is set once the thread is ready for its first step, or has failed.
+
     At most ``COMMANDS_PER_ATTEMPT * max_attempts`` commands wait; the node's admission sees to it, so more
     is a bug.
     """
@@ -82,6 +84,7 @@ class EngineThread:
         self._is_stalled = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
+        self.prepared = asyncio.Event()
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begin to serve commands; outcomes are delivered on `loop`."""
@@ -105,11 +108,14 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
+            self._engine.prepare_thread()
+            self._call_soon(self.prepared.set)
             while self._turn():
                 pass
         except Exception as error:  # the engine's outermost loop: a fault of the engine itself
             logger.exception("engine failed")
             self._post([EngineDied(f"the engine raised {type(error).__name__}: {error}")], None)
+            self._call_soon(self.prepared.set)
 
     def _turn(self) -> bool:
         """Take the commands that wait, compute one step; False when told to stop."""
@@ -162,9 +168,12 @@ class EngineThread:
         return self._engine.load()
 
     def _post(self, events: list[EngineEvent], load: EngineLoad | None) -> None:
+        self._call_soon(self._deliver, events, load)
+
+    def _call_soon(self, function: Callable[..., None], *arguments: object) -> None:
         assert self._loop is not None
         with suppress(RuntimeError):  # the loop has closed: the process could not wait for this step
-            self._loop.call_soon_threadsafe(self._deliver, events, load)
+            self._loop.call_soon_threadsafe(function, *arguments)
 
     def _apply(self, command: EngineCommand, events: list[EngineEvent]) -> None:
         match command:

@@ -123,6 +123,7 @@ class NodeService:
             "KV transfer address=%s transport=%s", self._transfer.address, self._transfer.transport_note
         )
         self._engine_thread.start(asyncio.get_running_loop())
+        await self._engine_thread.prepared.wait()
         description = describe_node(
             self._config.role, self.node_id, self._engine.info, self._transfer, self._tokenizer
         )

@@ -45,6 +45,9 @@ class CompiledAttention:
         self._scores = torch.empty((0, num_heads, 0))
         self._sums = torch.empty((0, 2, num_heads, self._head_dim))
 
+    def prepare_thread(self, max_step_tokens: int, max_model_len: int) -> None:
+        return
+
     def begin(self, spans: Sequence[Span], slots: Tensor) -> None:
         singles = list(takewhile(lambda span: span.num_tokens == 1, spans))
         self._write_slots = slots

@@ -1,4 +1,4 @@
-"""Attention of the CUDA engine: our paged kernel for single tokens, PyTorch's own for prefill chunks."""
+"""Attention of the CUDA engine: our paged kernel for single tokens, libraries' for prefill chunks."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from typing import Final
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from kvrelay.engine.attention import Span
 from kvrelay.engine.cuda.kernels import (
@@ -19,6 +17,7 @@ from kvrelay.engine.cuda.kernels import (
     paged_decode_kernel,
     write_kv_kernel,
 )
+from kvrelay.engine.cuda.prefill_attention import PrefillAttention
 
 _TILE: Final = 64
 """Keys that a decode program takes at once."""
@@ -39,7 +38,7 @@ class DecodeInputs:
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """A prefill chunk: `slots` ``[num_keys]``, or None where its own keys are all."""
+    """A prefill chunk: `slots` ``[num_keys]`` of what lies before it, or None: it is the first."""
 
     rows: slice
     slots: Tensor | None
@@ -53,13 +52,18 @@ class CudaAttention:
         self._num_heads = num_heads
         self._max_blocks = max_blocks
         self._device = cache.device
-        self._is_half = cache.dtype is torch.bfloat16
+        self._prefill = PrefillAttention(
+            num_heads, self._num_kv_heads, self._head_dim, cache.dtype, cache.device
+        )
         slots = cache.view(num_layers, 2, -1, self._num_kv_heads, self._head_dim)
         self._layers = [(slots[layer, 0], slots[layer, 1]) for layer in range(num_layers)]
         self._write_slots = torch.empty(0, dtype=torch.int64, device=cache.device)
         self._decode = DecodeInputs(0, self._write_slots, self._write_slots)
         self._chunks: list[_Chunk] = []
         self._fresh: tuple[Tensor, Tensor] | None = None
+
+    def prepare_thread(self, max_step_tokens: int, max_model_len: int) -> None:
+        self._prefill.prepare_thread(min(max_step_tokens, max_model_len), max_model_len)
 
     def begin(self, spans: Sequence[Span], slots: Tensor) -> None:
         num_single = sum(span.num_tokens == 1 for span in spans)
@@ -74,7 +78,7 @@ class CudaAttention:
                 num_keys[row] = span.end
             else:
                 rows = slice(row, row + span.num_tokens)
-                self._chunks.append(_Chunk(rows, self._slots_of(span) if span.start else None))
+                self._chunks.append(_Chunk(rows, self._slots_before(span) if span.start else None))
             row += span.num_tokens
         self.begin_decode(
             DecodeInputs(num_single, self._upload(tables), self._upload(num_keys)),
@@ -159,33 +163,17 @@ class CudaAttention:
             )
 
     def _attend_chunk(self, layer: int, queries: Tensor, chunk: _Chunk) -> Tensor:
+        assert self._fresh is not None
+        keys, values = (fresh[chunk.rows] for fresh in self._fresh)
         if chunk.slots is None:
-            assert self._fresh is not None
-            keys, values = (fresh[chunk.rows] for fresh in self._fresh)
-        else:
-            keys, values = (cache.index_select(0, chunk.slots) for cache in self._layers[layer])
-        num_queries, num_keys = queries.shape[0], keys.shape[0]
-        mask: Tensor | None = None
-        if num_keys != num_queries:
-            mask = causal_lower_right(num_queries, num_keys)
-            if not self._is_half:  # PyTorch's kernels that know this mask take 16-bit values only
-                mask = torch.ones((num_queries, num_keys), dtype=torch.bool, device=queries.device).tril_(
-                    num_keys - num_queries
-                )
-        attended = F.scaled_dot_product_attention(
-            queries.transpose(0, 1).unsqueeze(0),
-            keys.transpose(0, 1).unsqueeze(0),
-            values.transpose(0, 1).unsqueeze(0),
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=self._num_heads != self._num_kv_heads,
-        )
-        return attended.squeeze(0).transpose(0, 1)
+            return self._prefill.attend(queries, keys, values)
+        earlier_keys, earlier_values = (cache.index_select(0, chunk.slots) for cache in self._layers[layer])
+        return self._prefill.attend_after(queries, keys, values, earlier_keys, earlier_values)
 
-    def _slots_of(self, span: Span) -> Tensor:
-        num_blocks = -(-span.end // self._block_size)
+    def _slots_before(self, span: Span) -> Tensor:
+        num_blocks = -(-span.start // self._block_size)
         blocks = np.asarray(span.block_table[:num_blocks], dtype=np.int64)
-        slots = (blocks[:, None] * self._block_size + np.arange(self._block_size)).ravel()[: span.end]
+        slots = (blocks[:, None] * self._block_size + np.arange(self._block_size)).ravel()[: span.start]
         return self._upload(slots)
 
     def _upload(self, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> Tensor:

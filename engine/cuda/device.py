@@ -46,19 +46,21 @@ class CudaLinear:
 
 
 class CudaDevice:
-    """See `kvrelay.engine.device.Device`.
+    """See `kvrelay.engine.device.Device`: of rank `rank` where that of rank 0 is `name`.
 
     Raises:
         ConfigError: there is no such device here.
     """
 
-    def __init__(self, name: str, max_model_len: int, block_size: int) -> None:
+    def __init__(self, name: str, rank: int, max_model_len: int, block_size: int) -> None:
         if not torch.cuda.is_available():
             raise ConfigError(f"device {name!r}: this PyTorch ({torch.__version__}) sees no CUDA device")
-        self.device = torch.device(name)
-        index = self.device.index or 0
+        index = (torch.device(name).index or 0) + rank
         if index >= torch.cuda.device_count():
-            raise ConfigError(f"device {name!r}: there are {torch.cuda.device_count()} CUDA devices")
+            raise ConfigError(
+                f"device {name!r}, rank {rank}: there are {torch.cuda.device_count()} CUDA devices"
+            )
+        self.device = torch.device("cuda", index)
         torch.cuda.set_device(index)
         self._max_blocks = -(-max_model_len // block_size)
 

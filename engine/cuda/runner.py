@@ -30,6 +30,9 @@ class CudaRunner:
     def kv(self) -> KVStore:
         return self._kv
 
+    def prepare_thread(self) -> None:
+        self._eager.prepare_thread()
+
     def prepare(self, request: TokenRequest) -> object:
         return self._eager.prepare(request)
 

@@ -50,6 +50,9 @@ class SimExecutor:
     def kv(self) -> HostKVStore:
         return self._kv
 
+    def prepare_thread(self) -> None:
+        return
+
     def prepare(self, request: TokenRequest) -> object:
         for name in ("grammar", "logit_bias"):
             if getattr(request.sampling, name):

@@ -17,7 +17,7 @@ from kvrelay.core.errors import ConfigError
 from kvrelay.engine.model.parallel import Shard
 
 if TYPE_CHECKING:
-    from kvrelay.engine.cuda.small_all_reduce import SmallAllReduce
+    from kvrelay.engine.cuda.symmetric_sum import SymmetricSum
 
 START_TIMEOUT: Final = timedelta(seconds=120)
 
@@ -33,7 +33,7 @@ _all_gather: Callable[[Tensor, Tensor], object] = getattr(
 class TorchCollectives:
     """See `kvrelay.engine.model.parallel.Collectives`; a process has at most one that is open.
 
-    Sums of up to `max_small_rows` rows of `hidden_size` take a shorter way where the GPUs allow it.
+    Sums of up to `max_rows` rows of `hidden_size` take a shorter way where the GPUs allow it.
 
     Raises:
         ConfigError: this process has a process group of torch.distributed already.
@@ -47,7 +47,7 @@ class TorchCollectives:
         *,
         dtype: torch.dtype,
         hidden_size: int,
-        max_small_rows: int,
+        max_rows: int,
     ) -> None:
         if dist.is_initialized():
             raise ConfigError("tensor_parallel_size: a process has one engine with more than one rank")
@@ -64,17 +64,15 @@ class TorchCollectives:
             device_id=device if is_cuda else None,
         )
         self._meeting = torch.zeros(1, device=device)
-        self._small = (
-            _small_all_reduce(device, dtype, hidden_size, max_small_rows, shard) if is_cuda else None
-        )
+        self._symmetric = _symmetric_sum(device, dtype, hidden_size, max_rows, shard) if is_cuda else None
 
     @property
     def shard(self) -> Shard:
         return self._shard
 
     def all_reduce(self, rows: Tensor) -> Tensor:
-        if self._small is not None and self._small.takes(rows):
-            return self._small(rows)
+        if self._symmetric is not None and self._symmetric.takes(rows):
+            return self._symmetric(rows)
         dist.all_reduce(rows)
         return rows
 
@@ -88,22 +86,22 @@ class TorchCollectives:
 
     def close(self) -> None:
         """Every rank has to; nothing may be under way."""
-        self._small = None
+        self._symmetric = None
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _small_all_reduce(
+def _symmetric_sum(
     device: torch.device, dtype: torch.dtype, hidden_size: int, max_rows: int, shard: Shard
-) -> SmallAllReduce | None:
+) -> SymmetricSum | None:
     """None: on some rank it doesn't work; all agree on it."""
-    from kvrelay.engine.cuda.small_all_reduce import SmallAllReduce
+    from kvrelay.engine.cuda.symmetric_sum import SymmetricSum
 
-    found: SmallAllReduce | None = None
+    found: SymmetricSum | None = None
     try:
-        found = SmallAllReduce(device, dtype, hidden_size, max_rows, shard.size)
+        found = SymmetricSum(device, dtype, hidden_size, max_rows, shard.size)
     except (RuntimeError, ImportError, AttributeError) as error:
-        logger.warning("sums of few rows go through NCCL, which takes longer: %s", error)
+        logger.warning("sums go through NCCL, which takes longer: %s", error)
     works = torch.tensor([int(found is not None)], device=device)
     dist.all_reduce(works, dist.ReduceOp.MIN)
     return found if works.item() else None

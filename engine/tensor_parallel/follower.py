@@ -65,7 +65,7 @@ def _run(setup: FollowerSetup) -> None:
         TCPStore("127.0.0.1", setup.store_port, setup.shard.size, timeout=START_TIMEOUT),
         dtype=plan.dtype,
         hidden_size=plan.model_config.hidden_size,
-        max_small_rows=plan.config.max_num_seqs,
+        max_rows=plan.config.max_num_batched_tokens,
     )
     memory = None if setup.memory is None else setup.memory.bytes
     rank = TorchRank(plan, device, collectives, memory)
@@ -79,6 +79,7 @@ def _run(setup: FollowerSetup) -> None:
     )
     if graphs is not None:
         graphs.capture()
+    rank.forward_pass.prepare_thread()
     with suppress(EOFError), torch.inference_mode():
         while True:
             command = pipe.recv()
