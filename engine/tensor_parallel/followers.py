@@ -63,6 +63,11 @@ class Followers:
             self._processes.append(process)
         threading.Thread(target=self._watch, name="rank-watch", daemon=True).start()
 
+    @property
+    def pids(self) -> list[int]:
+        """Of the processes, by rank from 1 on."""
+        return [process.pid for process in self._processes if process.pid is not None]
+
     def wait_started(self) -> None:
         """Return when every rank has its device.
 
