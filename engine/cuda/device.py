@@ -80,7 +80,7 @@ class CudaDevice:
         return torch.zeros(shape, dtype=TORCH_DTYPES[layout.dtype], device=self.device)
 
     def kv_store(self, layout: KVLayout, cache: Tensor) -> CudaKVStore:
-        return CudaKVStore(layout, cache)
+        return CudaKVStore(layout, [cache])
 
     def attention(self, cache: Tensor, num_heads: int) -> CudaAttention:
         return CudaAttention(cache, num_heads, self._max_blocks)
