@@ -93,7 +93,7 @@ class TransferOwner:
         return self._transport.has_writes_in_flight or self._receiver.is_pumped(now_s)
 
     def spin_s(self) -> float:
-        """A GPU's copies and writes take a fraction of a millisecond, and nothing wakes a thread at their end."""
+        """A GPU's copies and writes take a fraction of a millisecond, and nothing tells of their end."""
         is_on_gpu = self._node.store.device_kind is DeviceKind.CUDA
         is_moving = self._has_copies or (is_on_gpu and self._transport.has_writes_in_flight)
         return _SPIN_S if is_moving else 0.0

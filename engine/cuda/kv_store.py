@@ -25,7 +25,7 @@ from kvrelay.engine.cuda.staging import CudaStaging, kind_of
 
 
 class CudaKVStore:
-    """`KVStore` over `caches`, shards by KV heads of the cache that `layout` tells of, shared; one: all of it.
+    """`KVStore` over `caches`, shared: the shards by KV heads of the cache of `layout`, one for all of it.
 
     Shard s is ``[num_layers, 2, num_blocks, block_size, num_kv_heads / len(caches), head_dim]`` and has the
     heads from ``s * num_kv_heads / len(caches)`` on. Staging and marks are on the first one's device.

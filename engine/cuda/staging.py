@@ -45,6 +45,7 @@ class CudaStaging:
 
 
 def kind_of(device: torch.device) -> DeviceKind:
+    """CPU for whatever is no CUDA device."""
     return DeviceKind.CUDA if device.type == "cuda" else DeviceKind.CPU
 
 

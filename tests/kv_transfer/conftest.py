@@ -231,9 +231,10 @@ async def make_node(config: KVTransferConfig) -> AsyncIterator[NodeMaker]:
         block_size: int = 16,
         fingerprint: KVFingerprint = FINGERPRINT,
         factory: TransportFactory | None = None,
+        store: NumpyStore | None = None,
         **changes: Any,
     ) -> Node:
-        store, recorder = NumpyStore(block_size), Recorder()
+        store, recorder = store or NumpyStore(block_size), Recorder()
         service = KVTransferService(
             name, store, fingerprint, replace(config, **changes), recorder, transport_factory=factory
         )
