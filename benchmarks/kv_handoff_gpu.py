@@ -1,6 +1,7 @@
 """A handoff's KV between two GPUs of one host, through the KV transfer service.
 
-    python -m benchmarks.kv_handoff_gpu [--json] [--tokens 1024 4096 8192 32768] [--slot-mib 16 64 256] [--timeline]
+    python -m benchmarks.kv_handoff_gpu [--json] [--timeline] [--tokens 1024 4096 8192 32768]
+                                        [--slot-mib 16 64 256] [--num-slots 8]
 
 Two processes, each seeing both GPUs: the sender's cache on GPU 0, the receiver's on GPU 1, both of the shape
 of Llama-3.1-8B with random content in shuffled blocks. For each staging slot size and prompt length:
@@ -279,9 +280,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object; the table goes to stderr")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 8192, 32768])
     parser.add_argument("--slot-mib", type=int, nargs="+", default=[16, 64, 256])
-    parser.add_argument(
-        "--num-slots", type=int, help="to send, to receive and a transfer; default: the service's"
-    )
+    parser.add_argument("--num-slots", type=int, help="to send, to receive, of a transfer; else the default")
     parser.add_argument("--timeline", action="store_true", help="print one transfer event by event")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

@@ -1,4 +1,4 @@
-"""One of the two processes of `kv_handoff_gpu`: a store, a KV transfer service, and what it is ordered to do."""
+"""One of the two processes of `kv_handoff_gpu`: a store, a KV transfer service, and its orders."""
 
 from __future__ import annotations
 
