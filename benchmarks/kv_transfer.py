@@ -29,7 +29,7 @@ import numpy as np
 from kvrelay.core.block_hash import BlockHash
 from kvrelay.core.errors import ConfigError
 from kvrelay.core.ids import AttemptId, BlockId, TransferId
-from kvrelay.core.kv import DeviceKind, KVFingerprint, KVLayout, StagingMemory
+from kvrelay.core.kv import DeviceKind, FinishedCopy, KVFingerprint, KVLayout, StagingMemory
 from kvrelay.kv_transfer.config import KVTransferConfig
 from kvrelay.kv_transfer.interface import (
     ExpectedTransfer,
@@ -66,6 +66,8 @@ class HostStaging:
 class TokenMajorStore:
     """A cache where a token's KV of all layers is contiguous: gather and scatter cost one memcpy."""
 
+    device_kind = DeviceKind.CPU
+
     def __init__(self, num_tokens: int) -> None:
         self.layout = KVLayout(LAYERS, num_tokens // 16 + 1, 16, KV_HEADS, HEAD_DIM, "float32", 4)
         self._cache = np.ones(num_tokens * TOKEN_BYTES, dtype=np.uint8)
@@ -80,10 +82,10 @@ class TokenMajorStore:
         tokens: range,
         out: StagingMemory,
         out_offset_bytes: int,
-    ) -> int:
+    ) -> FinishedCopy:
         part = self._cache[tokens.start * TOKEN_BYTES : tokens.stop * TOKEN_BYTES]
         np.frombuffer(out.host_view(), np.uint8)[out_offset_bytes : out_offset_bytes + part.size] = part
-        return part.size
+        return FinishedCopy(part.size)
 
     def scatter(
         self,
@@ -92,12 +94,12 @@ class TokenMajorStore:
         tokens: range,
         source: StagingMemory,
         source_offset_bytes: int,
-    ) -> int:
+    ) -> FinishedCopy:
         part = self._cache[tokens.start * TOKEN_BYTES : tokens.stop * TOKEN_BYTES]
         part[:] = np.frombuffer(source.host_view(), np.uint8)[
             source_offset_bytes : source_offset_bytes + part.size
         ]
-        return part.size
+        return FinishedCopy(part.size)
 
 
 @dataclass(frozen=True, slots=True)

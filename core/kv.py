@@ -101,6 +101,39 @@ class StagingMemory(Protocol):
         ...
 
 
+class CopyUnderWay(Protocol):
+    """A gather or a scatter that a store has begun; on a GPU it is only queued when it begins.
+
+    Of one store, copies are done in the order in which they were begun.
+    """
+
+    @property
+    def num_bytes(self) -> int:
+        """How many it moves in all."""
+        ...
+
+    def is_done(self) -> bool:
+        """Whether it no longer reads or writes anything; never blocks."""
+        ...
+
+    def wait(self) -> int:
+        """Return `num_bytes` when it is done."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedCopy:
+    """A `CopyUnderWay` that was done when it was begun: what stores in host memory return."""
+
+    num_bytes: int
+
+    def is_done(self) -> bool:
+        return True
+
+    def wait(self) -> int:
+        return self.num_bytes
+
+
 class KVStore(Protocol):
     """Access to the KV memory of an engine for one transfer thread, beside the engine's own thread.
 
@@ -111,6 +144,11 @@ class KVStore(Protocol):
 
     @property
     def layout(self) -> KVLayout: ...
+
+    @property
+    def device_kind(self) -> DeviceKind:
+        """Where the staging memory of `allocate_staging` is."""
+        ...
 
     def allocate_staging(self, num_bytes: int) -> StagingMemory:
         """Memory on the device where this store lives (page-aligned on the CPU)."""
@@ -123,8 +161,8 @@ class KVStore(Protocol):
         tokens: range,
         out: StagingMemory,
         out_offset_bytes: int,
-    ) -> int:
-        """Copy KV of `layers` x `tokens` into `out`; returns the bytes written, complete on return.
+    ) -> CopyUnderWay:
+        """Begin copying KV of `layers` x `tokens` into `out`.
 
         `block_table[i]` holds tokens ``[i * block_size, (i + 1) * block_size)`` of the sequence. Written as
         contiguous ``[len(layers), 2, len(tokens), num_kv_heads, head_dim]``.
@@ -138,6 +176,6 @@ class KVStore(Protocol):
         tokens: range,
         source: StagingMemory,
         source_offset_bytes: int,
-    ) -> int:
-        """The inverse of `gather`; mutates the cache; returns the bytes read, complete on return."""
+    ) -> CopyUnderWay:
+        """Begin the inverse of `gather`, which mutates the cache."""
         ...

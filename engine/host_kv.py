@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator, Sequence
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvrelay.core.ids import BlockId
-from kvrelay.core.kv import DeviceKind, KVLayout, StagingMemory
+from kvrelay.core.kv import DeviceKind, FinishedCopy, KVLayout, StagingMemory
 
 UInt8s: TypeAlias = NDArray[np.uint8]
 
@@ -46,7 +46,12 @@ class HostStaging:
 
 
 class HostKVStore:
-    """`KVStore` over `cache_bytes` ``[num_layers, 2, num_slots, token_bytes]``, shared, not copied."""
+    """`KVStore` over `cache_bytes` ``[num_layers, 2, num_slots, token_bytes]``, shared, not copied.
+
+    A copy is done when it returns.
+    """
+
+    device_kind: Final = DeviceKind.CPU
 
     def __init__(self, layout: KVLayout, cache_bytes: UInt8s) -> None:
         num_slots = layout.num_blocks * layout.block_size
@@ -69,12 +74,12 @@ class HostKVStore:
         tokens: range,
         out: StagingMemory,
         out_offset_bytes: int,
-    ) -> int:
+    ) -> FinishedCopy:
         message = self._message_view(out, out_offset_bytes, layers, tokens)
         cache = self._cache[layers.start : layers.stop]
         for slot, offset, num in slot_runs(block_table, tokens, self._layout.block_size):
             message[:, :, offset : offset + num] = cache[:, :, slot : slot + num]
-        return message.nbytes
+        return FinishedCopy(message.nbytes)
 
     def scatter(
         self,
@@ -83,12 +88,12 @@ class HostKVStore:
         tokens: range,
         source: StagingMemory,
         source_offset_bytes: int,
-    ) -> int:
+    ) -> FinishedCopy:
         message = self._message_view(source, source_offset_bytes, layers, tokens)
         cache = self._cache[layers.start : layers.stop]
         for slot, offset, num in slot_runs(block_table, tokens, self._layout.block_size):
             cache[:, :, slot : slot + num] = message[:, :, offset : offset + num]
-        return message.nbytes
+        return FinishedCopy(message.nbytes)
 
     def _message_view(
         self, staging: StagingMemory, offset_bytes: int, layers: range, tokens: range

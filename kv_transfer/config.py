@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Final
 
 from kvrelay.core.errors import ConfigError
+from kvrelay.core.kv import DeviceKind
 
 TRANSPORT_CHOICES: Final = ("auto", "ucx", "tcp", "memory")
 MAX_SLOTS: Final = 4096
 _WILDCARD_HOSTS: Final = ("0.0.0.0", "::")
+
+
+@dataclass(frozen=True, slots=True)
+class StagingSlots:
+    """How the staging memory of one node is cut; see `KVTransferConfig`."""
+
+    slot_bytes: int
+    num_send_slots: int
+    num_receive_slots: int
+    slots_per_transfer: int
+
+
+_DEFAULT_SLOTS: Final = {
+    DeviceKind.CPU: StagingSlots(4 << 20, 4, 8, 4),
+    # NVLink wants large messages, and several, so that one is gathered, one written and one scattered.
+    DeviceKind.CUDA: StagingSlots(64 << 20, 8, 8, 8),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +39,8 @@ class KVTransferConfig:
     by default `listen_host`.
 
     Bytes in flight are bounded by `slot_bytes` times `num_send_slots` on the sending side and times
-    `num_receive_slots` on the receiving side; one transfer holds at most `slots_per_transfer` of each.
+    `num_receive_slots` on the receiving side; one transfer holds at most `slots_per_transfer` of each. What
+    is None depends on where the KV is: 4 MiB, 4, 8 and 4 in host memory, 64 MiB, 8, 8 and 8 on a GPU.
     `max_concurrent_transfers` counts each direction by itself. An offer that nobody expects is kept for
     `pending_offer_timeout_s`. A transfer or peer without progress for `progress_timeout_s` is given up;
     slots that a late write could still reach are set aside for `quarantine_s`; a link that carries
@@ -42,10 +61,10 @@ class KVTransferConfig:
     listen_port: int = 0
     data_port: int = 0
     advertised_host: str = ""
-    slot_bytes: int = 4 << 20
-    num_send_slots: int = 4
-    num_receive_slots: int = 8
-    slots_per_transfer: int = 4
+    slot_bytes: int | None = None
+    num_send_slots: int | None = None
+    num_receive_slots: int | None = None
+    slots_per_transfer: int | None = None
     max_concurrent_transfers: int = 256
     max_pending_offers: int = 256
     max_links: int = 256
@@ -91,7 +110,7 @@ class KVTransferConfig:
         return [
             f"{name} must be from {low} to {high}, got {getattr(self, name)}"
             for name, (low, high) in bounds.items()
-            if not low <= getattr(self, name) <= high
+            if (value := getattr(self, name)) is not None and not low <= value <= high
         ]
 
     def _time_faults(self) -> list[str]:
@@ -112,6 +131,12 @@ class KVTransferConfig:
         if self.pending_offer_timeout_s >= self.progress_timeout_s:
             faults.append("pending_offer_timeout_s must be shorter than progress_timeout_s")
         return faults
+
+    def slots(self, device_kind: DeviceKind) -> StagingSlots:
+        """The staging slots of a node whose KV is there."""
+        given = {spec.name: getattr(self, spec.name) for spec in fields(StagingSlots)}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return replace(_DEFAULT_SLOTS[device_kind], **chosen)
 
     @property
     def dialled_host(self) -> str:

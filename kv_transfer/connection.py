@@ -47,6 +47,7 @@ class Connection:
         self._reader = FrameReader()
         self._unsent = bytearray()
         self._pinged_s: float | None = None
+        self._watched = 0
         self.last_received_s = clock()
         self._watch()
 
@@ -89,7 +90,9 @@ class Connection:
     def _watch(self) -> None:
         wants_write = self._is_connecting or bool(self._unsent)
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if wants_write else 0)
-        self._watcher.watch(self._sock, events, self._on_ready)
+        if events != self._watched:
+            self._watched = events
+            self._watcher.watch(self._sock, events, self._on_ready)
 
     def _on_ready(self, events: int) -> None:
         if self._is_closed:

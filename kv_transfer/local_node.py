@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from xxhash import xxh3_64_intdigest
 
 from kvrelay.core.kv import KVFingerprint, KVLayout, KVStore, StagingMemory
-from kvrelay.kv_transfer.config import KVTransferConfig
+from kvrelay.kv_transfer.config import KVTransferConfig, StagingSlots
 from kvrelay.kv_transfer.interface import TransferEvent
 from kvrelay.kv_transfer.messages import PROTOCOL_VERSION, Hello
 from kvrelay.kv_transfer.transport import KVTransport, Watcher
@@ -26,6 +26,7 @@ class LocalNode:
     fingerprint: KVFingerprint
     store: KVStore
     config: KVTransferConfig
+    slots: StagingSlots
     watcher: Watcher
     clock: Callable[[], float]
     emit: Callable[[TransferEvent], None]
@@ -45,8 +46,8 @@ class LocalNode:
             transport=transport.name,
             endpoint=endpoint,
             ticket=ticket,
-            slot_bytes=self.config.slot_bytes if is_receiver else 0,
-            num_slots=self.config.num_receive_slots if is_receiver else 0,
+            slot_bytes=self.slots.slot_bytes if is_receiver else 0,
+            num_slots=self.slots.num_receive_slots if is_receiver else 0,
         )
 
 

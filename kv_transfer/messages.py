@@ -3,7 +3,7 @@
 The prefill node dials; both say `Hello`; then, for each transfer (-> from sender to receiver)::
 
     -> Offer   <- Grant | Reject
-    -> Want    <- SlotsGranted           as often as needed
+    -> Want    <- SlotsGranted           as often as needed; an offer asks for its first slots itself
        the payload is written into a granted slot by the transport
     -> Chunk                             in order; says what the slot holds
     -> Finish  <- Ack
@@ -36,7 +36,7 @@ from kvrelay.kv_transfer.fields import (
     transfer_id,
 )
 
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
 MAX_FRAME_BYTES: Final = 64 * 1024
 
 
@@ -65,12 +65,16 @@ class Refuse:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """The sender asks to send this transfer; `prompt_digest` is over all its token ids."""
+    """The sender asks to send this transfer; `prompt_digest` is over all its token ids.
+
+    `num_slots` messages are ready already: once it is granted, so many slots are wanted.
+    """
 
     transfer_id: TransferId
     num_tokens: int
     prompt_digest: bytes
     fingerprint_digest: bytes
+    num_slots: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +203,7 @@ _FIELDS: Final[dict[type[Frame], tuple[FieldType, ...]]] = {
         integer(0, 4096),
     ),
     Refuse: _ERROR_FIELDS,
-    Offer: (transfer_id(), integer(1, 1 << 31), blob(32, 32), blob(16, 16)),
+    Offer: (transfer_id(), integer(1, 1 << 31), blob(32, 32), blob(16, 16), integer(0, 4096)),
     Grant: (transfer_id(), integer(0, 1 << 31)),
     Want: (transfer_id(), integer(1, 4096)),
     SlotsGranted: (transfer_id(), slots()),

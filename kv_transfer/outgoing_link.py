@@ -92,7 +92,7 @@ class OutgoingLink:
     @property
     def max_message_bytes(self) -> int:
         """What fits a slot on either side."""
-        return min(self.remote_slot_bytes, self._node.config.slot_bytes)
+        return min(self.remote_slot_bytes, self._node.slots.slot_bytes)
 
     def _on_lost(self, error: KVRelayError) -> None:
         self._owner.lose(self, type(error)(f"{self.address}: {error.message}"))

@@ -10,7 +10,7 @@ from typing import Final
 
 from kvrelay.core.errors import ConfigError, KVRelayError, Overloaded, TransferFailed
 from kvrelay.core.ids import BlockId, TransferId
-from kvrelay.core.kv import StagingMemory
+from kvrelay.core.kv import DeviceKind, StagingMemory
 from kvrelay.kv_transfer.choose_transport import ChosenTransport, choose_transport
 from kvrelay.kv_transfer.interface import ExpectedTransfer, PushFailed, PushSpec, ReceiveFailed
 from kvrelay.kv_transfer.kv_range import KVRange
@@ -22,6 +22,7 @@ from kvrelay.kv_transfer.transport import SCRATCH_BYTES, PeerLost, TransportCont
 
 _MAX_TICK_S: Final = 0.1
 _IDLE_TICK_S: Final = 1.0
+_SPIN_S: Final = 2e-3
 _CLOSED: Final = "this node's KV transfer is closed"
 
 
@@ -55,8 +56,8 @@ class TransferOwner:
 
     def begin(self) -> None:
         node, config = self._node, self._config
-        send_staging = self._allocate(config.num_send_slots)
-        receive_staging = self._allocate(config.num_receive_slots)
+        send_staging = self._allocate(node.slots.num_send_slots)
+        receive_staging = self._allocate(node.slots.num_receive_slots)
         self._listener = _listen(config.listen_host, config.listen_port)
         try:
             chosen = self._choose(send_staging, receive_staging)
@@ -76,17 +77,30 @@ class TransferOwner:
             self._sender.on_transport_event(event)
             if isinstance(event, PeerLost):
                 self._receiver.on_peer_lost(event)
+        has_scattered = self._receiver.end_scatters()
         has_granted = self._receiver.hand_out()
         has_written = self._sender.write_next()
         if self._transport.polls:
             self._sender.pump(now_s)
         self._tick_if_due(now_s)
-        return bool(events) or has_granted or has_written
+        return bool(events) or has_scattered or has_granted or has_written
 
     def is_polling(self, now_s: float) -> bool:
+        if self._has_copies:
+            return True
         if not self._transport.polls:
             return False
         return self._transport.has_writes_in_flight or self._receiver.is_pumped(now_s)
+
+    def spin_s(self) -> float:
+        """A GPU's copies and writes take a fraction of a millisecond, and nothing tells of their end."""
+        is_on_gpu = self._node.store.device_kind is DeviceKind.CUDA
+        is_moving = self._has_copies or (is_on_gpu and self._transport.has_writes_in_flight)
+        return _SPIN_S if is_moving else 0.0
+
+    @property
+    def _has_copies(self) -> bool:
+        return self._sender.has_copies or self._receiver.has_copies
 
     def wait_s(self, now_s: float) -> float | None:
         if self._is_tick_deferred:
@@ -98,6 +112,8 @@ class TransferOwner:
 
     def end(self) -> None:
         self._error = self._error or TransferFailed(_CLOSED)
+        self._sender.settle()
+        self._receiver.settle()
         self._sender.close(self._error)
         self._receiver.close(self._error)
         self._node.watcher.unwatch(self._listener)
@@ -158,7 +174,7 @@ class TransferOwner:
         self._overflowed.add(transfer_id)
 
     def _allocate(self, num_slots: int) -> StagingMemory:
-        return self._node.store.allocate_staging(num_slots * self._config.slot_bytes + SCRATCH_BYTES)
+        return self._node.store.allocate_staging(num_slots * self._node.slots.slot_bytes + SCRATCH_BYTES)
 
     def _choose(self, send_staging: StagingMemory, receive_staging: StagingMemory) -> ChosenTransport:
         context = TransportContext(

@@ -154,7 +154,7 @@ class PushSession:
 
     def _on_link_opened(self, event: LinkOpened) -> list[PushEffect]:
         if self._abort_when_open is not None:
-            return [self._offer(), self._abort_when_open, *self._end_if_drained()]
+            return [self._offer(0), self._abort_when_open, *self._end_if_drained()]
         if self.phase is not PushPhase.CONNECTING:
             return []
         unit_bytes = self._layout.token_bytes_per_layer
@@ -165,15 +165,17 @@ class PushSession:
             )
         self._max_message_bytes = event.max_message_bytes
         self.phase = PushPhase.OFFERED
-        return [self._offer()]
+        self._num_wanted = self._num_more_slots()
+        return [self._offer(self._num_wanted)]
 
-    def _offer(self) -> SendToReceiver:
+    def _offer(self, num_slots: int) -> SendToReceiver:
         return SendToReceiver(
             Offer(
                 transfer_id=self.spec.transfer_id,
                 num_tokens=self.spec.num_tokens,
                 prompt_digest=self.spec.prompt_digest,
                 fingerprint_digest=self._fingerprint_digest,
+                num_slots=num_slots,
             )
         )
 
@@ -319,13 +321,15 @@ class PushSession:
         return effects
 
     def _want_slots(self) -> list[PushEffect]:
+        more = self._num_more_slots()
+        self._num_wanted += more
+        return [SendToReceiver(Want(self.spec.transfer_id, more))] if more else []
+
+    def _num_more_slots(self) -> int:
+        """How many to ask for beside those asked for already."""
         room = self._window - self._num_wanted - len(self._in_flight)
         wanted = self._ready.num_messages(self._max_message_bytes, self._num_wanted + max(room, 0))
-        more = min(wanted - self._num_wanted, room)
-        if more <= 0:
-            return []
-        self._num_wanted += more
-        return [SendToReceiver(Want(self.spec.transfer_id, more))]
+        return max(0, min(wanted - self._num_wanted, room))
 
     def _return_slots(self) -> list[PushEffect]:
         if not self._spare_slots:

@@ -1,12 +1,14 @@
 """The loop of the one thread that owns transport, sockets and staging memory.
 
 Commands come from other threads through a bounded inbox. The thread sleeps until a socket, a command or
-a deadline wakes it; only while the transport needs polling does it poll, with growing pauses.
+a deadline wakes it; only while something needs polling does it poll, with growing pauses, which a socket or
+a command ends.
 """
 
 from __future__ import annotations
 
 import logging
+import select
 import selectors
 import socket
 import threading
@@ -18,6 +20,8 @@ from typing import Final, Protocol
 _MAX_COMMANDS: Final = 65536
 _FIRST_PAUSE_S: Final = 20e-6
 _MAX_PAUSE_S: Final = 500e-6
+_PAUSE_GROWTH: Final = 1.1
+_MAX_SELECTABLE: Final = 1024
 _PAUSELESS_POLLS: Final = 20
 
 _log = logging.getLogger(__name__)
@@ -36,6 +40,10 @@ class ReactorClient(Protocol):
 
     def is_polling(self, now_s: float) -> bool:
         """Whether `turn` must be called again soon though nothing wakes the thread."""
+        ...
+
+    def spin_s(self) -> float:
+        """How long to poll without pauses after the last thing that happened."""
         ...
 
     def wait_s(self, now_s: float) -> float | None:
@@ -57,6 +65,7 @@ class Reactor:
     def __init__(self, name: str) -> None:
         self._name = name
         self._selector = selectors.DefaultSelector()
+        self._selector_fd = _fd_of(self._selector)
         self._inbox: deque[Callable[[], None]] = deque()
         self._lock = threading.Lock()
         self._has_ended = False
@@ -65,8 +74,9 @@ class Reactor:
         self._is_awake = False
         self._is_stopping = False
         self._thread: threading.Thread | None = None
-        self._pause_s = 0.0
+        self._pause_s = _FIRST_PAUSE_S
         self._num_quiet = 0
+        self._quiet_since_s = 0.0
         self._waker.setblocking(False)
         self._wakened.setblocking(False)
         self._selector.register(self._wakened, selectors.EVENT_READ, self._on_wake)
@@ -168,16 +178,32 @@ class Reactor:
             if self._select(0.0):
                 self._num_quiet = 0
             else:
-                self._pause()
+                self._pause(now_s, client.spin_s())
         else:
             self._num_quiet = 0
             self._select(client.wait_s(now_s))
 
-    def _pause(self) -> None:
+    def _pause(self, now_s: float, spin_s: float) -> None:
         """Give the processor away, for longer the longer nothing happens."""
+        if self._num_quiet == 0:
+            self._quiet_since_s = now_s
+            self._pause_s = _FIRST_PAUSE_S
         self._num_quiet += 1
-        over = self._num_quiet - _PAUSELESS_POLLS
-        time.sleep(0.0 if over < 0 else min(_FIRST_PAUSE_S * 1.1 ** min(over, 64), _MAX_PAUSE_S))
+        if self._num_quiet < _PAUSELESS_POLLS or now_s - self._quiet_since_s < spin_s:
+            time.sleep(0.0)
+        else:
+            self._select_briefly(self._pause_s)
+            self._pause_s = min(self._pause_s * _PAUSE_GROWTH, _MAX_PAUSE_S)
+
+    def _select_briefly(self, timeout_s: float) -> None:
+        """Until something is ready: unlike most selectors this does not round up to milliseconds."""
+        self._is_awake = False
+        if not self._inbox:
+            if 0 <= self._selector_fd < _MAX_SELECTABLE:
+                select.select([self._selector_fd], [], [], timeout_s)
+            else:
+                time.sleep(timeout_s)
+        self._is_awake = True
 
     def _select(self, timeout_s: float | None) -> bool:
         self._is_awake = False
@@ -194,6 +220,12 @@ class Reactor:
         for _ in range(num_commands):
             self._inbox.popleft()()
         return num_commands > 0
+
+
+def _fd_of(selector: selectors.BaseSelector) -> int:
+    """What is readable while a watched socket is ready; -1 where the selector has no such thing."""
+    fileno = getattr(selector, "fileno", None)
+    return -1 if fileno is None else int(fileno())
 
 
 def _nothing() -> None:

@@ -49,6 +49,11 @@ class ChunkArrived:
 
 
 @dataclass(frozen=True, slots=True)
+class MessageScattered:
+    """One of the messages that `ScatterMessage` asked for is in the cache."""
+
+
+@dataclass(frozen=True, slots=True)
 class FinishArrived:
     """The sender has sent everything."""
 
@@ -87,6 +92,7 @@ ReceiveEvent = (
     | SlotsAssigned
     | SlotsGivenBack
     | ChunkArrived
+    | MessageScattered
     | FinishArrived
     | ReceiveAborted
     | ReceiveGivenUp
@@ -111,7 +117,10 @@ class RequestSlots:
 
 @dataclass(frozen=True, slots=True)
 class ScatterMessage:
-    """Verify `slot`, scatter `part` from it, free it. A wrong checksum comes back as `ReceiveGivenUp`."""
+    """Verify `slot`, scatter `part` from it, free it.
+
+    Comes back as `MessageScattered`, a wrong checksum as `ReceiveGivenUp`.
+    """
 
     slot: int
     block_table: Sequence[BlockId]

@@ -2,11 +2,12 @@
 
 ::
 
-    EXPECTING --OfferMatched--> RECEIVING --FinishArrived, all verified--> ENDED
-         either of them --anything wrong--> ENDED
+    EXPECTING --OfferMatched--> RECEIVING --FinishArrived, all verified--> STORING --(all scattered)--> ENDED
+         any of them --anything wrong--> ENDED
 
 A transfer that ends early while the sender may still write leaves its slots in quarantine. Nothing is
-reported done before every (layer, token) has come exactly once and every checksum was right.
+reported done before every (layer, token) has come exactly once, every checksum was right, and all of it
+lies in the cache.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from kvrelay.kv_transfer.receive_events import (
     ChunkArrived,
     FinishArrived,
     FreeSlots,
+    MessageScattered,
     OfferMatched,
     QuarantineSlots,
     ReceiveAborted,
@@ -52,6 +54,7 @@ class ReceivePhase(StrEnum):
 
     EXPECTING = "expecting"
     RECEIVING = "receiving"
+    STORING = "storing"
     ENDED = "ended"
 
 
@@ -81,6 +84,8 @@ class ReceiveSession:
         self._coverage = Coverage(layout.num_layers, expected.first_token, expected.num_tokens)
         self._slots: set[int] = set()
         self._num_queued = 0
+        self._num_scattering = 0
+        self._output_token_id = 0
         self._num_messages = 0
         self._num_bytes = 0
 
@@ -99,13 +104,16 @@ class ReceiveSession:
             case OfferMatched():
                 return self._on_offer(event, now_s)
             case SlotsWanted():
-                return self._on_wanted(event)
+                return self._request_slots(event.num_slots)
             case SlotsAssigned():
                 return self._on_assigned(event)
             case SlotsGivenBack():
                 return self._on_given_back(event)
             case ChunkArrived():
                 return self._on_chunk(event.chunk)
+            case MessageScattered():
+                self._num_scattering -= 1
+                return self._end_if_stored(now_s)
             case FinishArrived():
                 return self._on_finish(event, now_s)
             case ReceiveAborted():
@@ -124,7 +132,8 @@ class ReceiveSession:
         self.phase = ReceivePhase.RECEIVING
         self._started_s = now_s
         self._check_offer(event.offer, event.peer_fingerprint)
-        return [SendToSender(Grant(self.expected.transfer_id, self.expected.first_token))]
+        grant = SendToSender(Grant(self.expected.transfer_id, self.expected.first_token))
+        return [grant, *self._request_slots(event.offer.num_slots)]
 
     def _check_offer(self, offer: Offer, peer_fingerprint: KVFingerprint) -> None:
         if difference := self._fingerprint.difference(peer_fingerprint):
@@ -141,13 +150,13 @@ class ReceiveSession:
                 f" offered {offer.prompt_digest.hex()[:16]}"
             )
 
-    def _on_wanted(self, event: SlotsWanted) -> list[ReceiveEffect]:
-        if event.num_slots > self._window - self._num_queued - len(self._slots):
+    def _request_slots(self, num_slots: int) -> list[ReceiveEffect]:
+        if num_slots > self._window - self._num_queued - len(self._slots):
             raise TransferCorrupt(
-                f"the sender wants {event.num_slots} more slots, one transfer may have {self._window}"
+                f"the sender wants {num_slots} more slots, one transfer may have {self._window}"
             )
-        self._num_queued += event.num_slots
-        return [RequestSlots(event.num_slots)]
+        self._num_queued += num_slots
+        return [RequestSlots(num_slots)] if num_slots else []
 
     def _on_assigned(self, event: SlotsAssigned) -> list[ReceiveEffect]:
         self._num_queued -= len(event.slots)
@@ -173,11 +182,14 @@ class ReceiveSession:
         self._slots.remove(chunk.slot)
         self._num_messages += 1
         self._num_bytes += num_bytes
+        self._num_scattering += 1
         checksum = chunk.checksum if chunk.checked else None
         return [ScatterMessage(chunk.slot, self.expected.block_table, part, num_bytes, checksum)]
 
     def _on_finish(self, event: FinishArrived, now_s: float) -> list[ReceiveEffect]:
         finish = event.finish
+        if self.phase is not ReceivePhase.RECEIVING:
+            raise TransferCorrupt(f"the sender finished in {self.phase}")
         if (finish.num_messages, finish.num_bytes) != (self._num_messages, self._num_bytes):
             raise TransferCorrupt(
                 f"the sender counts {finish.num_messages} messages of {finish.num_bytes} bytes in all,"
@@ -185,8 +197,15 @@ class ReceiveSession:
             )
         if missing := self._coverage.missing():
             raise TransferCorrupt(f"the sender finished too early: {missing}")
+        self.phase = ReceivePhase.STORING
+        self._output_token_id = finish.output_token_id
+        return self._end_if_stored(now_s)
+
+    def _end_if_stored(self, now_s: float) -> list[ReceiveEffect]:
+        if self.phase is not ReceivePhase.STORING or self._num_scattering:
+            return []
         ack = SendToSender(Ack(self.expected.transfer_id))
-        return [ack, *self._end(None, now_s, [FreeSlots(None)], finish.output_token_id)]
+        return [ack, *self._end(None, now_s, [FreeSlots(None)])]
 
     def _on_ticked(self, now_s: float) -> list[ReceiveEffect]:
         stalled_s = now_s - self._last_progress_s
@@ -216,7 +235,6 @@ class ReceiveSession:
         error: KVRelayError | None,
         now_s: float,
         effects: list[ReceiveEffect],
-        output_token_id: int = 0,
         *,
         silent: bool = False,
     ) -> list[ReceiveEffect]:
@@ -225,5 +243,5 @@ class ReceiveSession:
         if silent:
             return effects
         seconds = now_s - self._started_s
-        report = ReportReceive(error, output_token_id, self._num_bytes, self._num_messages, seconds)
+        report = ReportReceive(error, self._output_token_id, self._num_bytes, self._num_messages, seconds)
         return [*effects, report]

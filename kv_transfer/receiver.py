@@ -9,6 +9,7 @@ from kvrelay.core.errors import KVRelayError, TransferCorrupt, TransferFailed, T
 from kvrelay.core.ids import TransferId
 from kvrelay.core.kv import DeviceKind, StagingMemory
 from kvrelay.kv_transfer.connection import unexpected
+from kvrelay.kv_transfer.copies import Copies
 from kvrelay.kv_transfer.draining import Draining
 from kvrelay.kv_transfer.incoming_link import IncomingLink
 from kvrelay.kv_transfer.interface import ExpectedTransfer, ReceiveDone, ReceiveFailed, TransferStats
@@ -29,6 +30,7 @@ from kvrelay.kv_transfer.receive_events import (
     ChunkArrived,
     FinishArrived,
     FreeSlots,
+    MessageScattered,
     OfferMatched,
     QuarantineSlots,
     ReceiveAborted,
@@ -60,10 +62,12 @@ class Receiver:
         self._transport = transport
         self._staging = staging
         self._config = config
+        self._slot_bytes = node.slots.slot_bytes
         self._sessions: dict[TransferId, ReceiveSession] = {}
         self._link_of: dict[TransferId, IncomingLink] = {}
         self._links: dict[int, IncomingLink] = {}
-        self._pool: SlotPool[TransferId] = SlotPool(config.num_receive_slots)
+        self._pool: SlotPool[TransferId] = SlotPool(node.slots.num_receive_slots)
+        self._scatters: Copies[tuple[TransferId, int]] = Copies()
         self._draining = Draining()
         self._offers = OfferBook(config.max_pending_offers, config.pending_offer_timeout_s)
         self._pumped_until_s = 0.0
@@ -82,6 +86,11 @@ class Receiver:
         return len(self._links)
 
     @property
+    def has_copies(self) -> bool:
+        """Whether scatters are under way."""
+        return bool(self._scatters)
+
+    @property
     def num_greeting(self) -> int:
         """Links whose peer has not said hello yet."""
         return sum(link.peer is None for link in self._links.values())
@@ -96,8 +105,8 @@ class Receiver:
 
     def may_write(self, link_id: int, offset: int, num_bytes: int) -> bool:
         """Whether that part of the staging was granted to a transfer over that link."""
-        slot, within = divmod(offset, self._config.slot_bytes)
-        if within or not 0 < num_bytes <= self._config.slot_bytes:
+        slot, within = divmod(offset, self._slot_bytes)
+        if within or not 0 < num_bytes <= self._slot_bytes:
             return False
         holder = self._pool.holder_of(slot)
         if holder is None:
@@ -121,8 +130,8 @@ class Receiver:
             expected,
             self._node.layout,
             self._node.fingerprint,
-            slot_bytes=self._config.slot_bytes,
-            slots_per_transfer=self._config.slots_per_transfer,
+            slot_bytes=self._slot_bytes,
+            slots_per_transfer=self._node.slots.slots_per_transfer,
             progress_timeout_s=self._config.progress_timeout_s,
             now_s=self._node.clock(),
         )
@@ -181,6 +190,20 @@ class Receiver:
         for transfer_id, slots in assigned.items():
             self._feed(transfer_id, SlotsAssigned(tuple(slots)))
         return bool(assigned)
+
+    def end_scatters(self) -> bool:
+        """Take back the slots of messages that are in the cache now; returns whether there were any."""
+        found = False
+        while (scattered := self._scatters.pop_done()) is not None:
+            found = True
+            transfer_id, slot = scattered
+            self._pool.free(slot)
+            self._feed(transfer_id, MessageScattered())
+        return found
+
+    def settle(self) -> None:
+        """Wait for all scatters."""
+        self._scatters.settle()
 
     def tick(self, now_s: float) -> None:
         """Deadlines, keep-alive, quarantine."""
@@ -248,8 +271,11 @@ class Receiver:
     def _handle(self, session: ReceiveSession, event: ReceiveEvent) -> None:
         transfer_id = session.expected.transfer_id
         link = self._link_of.get(transfer_id)
-        corrupt: KVRelayError | None = None
-        for effect in session.handle(event, self._node.clock()):
+        outcome: ReceiveEvent | None = None
+        effects = session.handle(event, self._node.clock())
+        if session.phase is ReceivePhase.ENDED:
+            self._stop_scatters(transfer_id)
+        for effect in effects:
             match effect:
                 case SendToSender():
                     if link is not None:
@@ -257,7 +283,7 @@ class Receiver:
                 case RequestSlots():
                     self._pool.request(transfer_id, effect.num_slots)
                 case ScatterMessage():
-                    corrupt = self._scatter(effect)
+                    outcome = self._scatter(transfer_id, effect)
                 case FreeSlots():
                     self._free(transfer_id, effect)
                 case QuarantineSlots():
@@ -267,8 +293,13 @@ class Receiver:
         if session.phase is ReceivePhase.ENDED and self._sessions.pop(transfer_id, None) is not None:
             self._link_of.pop(transfer_id, None)
             self._offers.mark_ended(transfer_id, TransferFailed(f"transfer {transfer_id} is over"))
-        elif corrupt is not None:
-            self._handle(session, ReceiveGivenUp(corrupt))
+        elif outcome is not None:
+            self._handle(session, outcome)
+
+    def _stop_scatters(self, transfer_id: TransferId) -> None:
+        """Nothing writes the transfer's blocks once its end is told, nor reads a slot that others get."""
+        for _, slot in self._scatters.take(transfer_id):
+            self._pool.free(slot)
 
     def _free(self, transfer_id: TransferId, effect: FreeSlots) -> None:
         if effect.slots is None:
@@ -282,18 +313,20 @@ class Receiver:
         if link is not None and self._pool.slots_of(transfer_id):
             self._draining.add(transfer_id, link.link_id, self._node.clock())
 
-    def _scatter(self, message: ScatterMessage) -> KVRelayError | None:
-        """Returns what is wrong with the message, in which case nothing was scattered."""
-        offset = message.slot * self._config.slot_bytes
-        wrong = self._wrong_checksum(message, offset)
-        if wrong is None:
-            part = message.part
-            num_bytes = self._node.store.scatter(
-                message.block_table, part.layers, part.tokens, self._staging, offset
-            )
-            assert num_bytes == message.num_bytes, f"scattered {num_bytes} bytes of {message.num_bytes}"
+    def _scatter(self, transfer_id: TransferId, message: ScatterMessage) -> ReceiveEvent | None:
+        """Returns what came of it, None while it is under way."""
+        offset = message.slot * self._slot_bytes
+        if (wrong := self._wrong_checksum(message, offset)) is not None:
+            self._pool.free(message.slot)
+            return ReceiveGivenUp(wrong)
+        part = message.part
+        copy = self._node.store.scatter(message.block_table, part.layers, part.tokens, self._staging, offset)
+        assert copy.num_bytes == message.num_bytes, f"scatters {copy.num_bytes} of {message.num_bytes} bytes"
+        if not copy.is_done():
+            self._scatters.add(transfer_id, copy, (transfer_id, message.slot))
+            return None
         self._pool.free(message.slot)
-        return wrong
+        return MessageScattered()
 
     def _wrong_checksum(self, message: ScatterMessage, offset: int) -> KVRelayError | None:
         if message.checksum is None or not self._checks:

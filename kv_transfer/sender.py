@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Final
 
 from kvrelay.core.errors import KVRelayError, Overloaded, TransferFailed, TransferTimeout
 from kvrelay.core.ids import BlockId, TransferId
 from kvrelay.core.kv import DeviceKind, StagingMemory
+from kvrelay.kv_transfer.copies import Copies
 from kvrelay.kv_transfer.interface import PushDone, PushFailed, PushSpec, TransferStats
 from kvrelay.kv_transfer.kv_range import KVRange
 from kvrelay.kv_transfer.link_probe import floor_gb_per_s, slow_link_text
@@ -36,6 +38,15 @@ _log = logging.getLogger(__name__)
 _Job = tuple[TransferId, int]
 
 
+@dataclass(frozen=True, slots=True)
+class _Gather:
+    """Of `message` into the local `slot`."""
+
+    job: _Job
+    slot: int
+    message: WriteMessage
+
+
 class Sender:
     """Runs on the owner's thread only."""
 
@@ -44,11 +55,13 @@ class Sender:
         self._transport = transport
         self._staging = staging
         self._config = node.config
+        self._slot_bytes = node.slots.slot_bytes
         self._sessions: dict[TransferId, PushSession] = {}
         self._link_of: dict[TransferId, OutgoingLink] = {}
         self._links: dict[str, OutgoingLink] = {}
-        self._pool: SlotPool[_Job] = SlotPool(node.config.num_send_slots)
+        self._pool: SlotPool[_Job] = SlotPool(node.slots.num_send_slots)
         self._waiting: dict[_Job, WriteMessage] = {}
+        self._gathers: Copies[_Gather] = Copies()
         self._writing: dict[int, tuple[_Job, int, int | None]] = {}
         self._checks = node.config.verify_checksums and staging.device_kind is DeviceKind.CPU
 
@@ -59,6 +72,11 @@ class Sender:
     @property
     def num_links(self) -> int:
         return len(self._links)
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether gathers are under way."""
+        return bool(self._gathers)
 
     @property
     def link_bytes_per_s(self) -> dict[str, float]:
@@ -75,7 +93,7 @@ class Sender:
             spec,
             self._node.layout,
             self._node.fingerprint.digest,
-            slots_per_transfer=self._config.slots_per_transfer,
+            slots_per_transfer=self._node.slots.slots_per_transfer,
             progress_timeout_s=self._config.progress_timeout_s,
             now_s=self._node.clock(),
         )
@@ -116,11 +134,22 @@ class Sender:
                 self._on_written(event.write_id)
 
     def write_next(self) -> bool:
-        """Gather and post one message if there is one and a slot for it; returns whether it did something."""
+        """Post what is gathered, and begin one gather if there is a message and a slot for it.
+
+        Returns whether it did something.
+        """
+        has_posted = False
+        while (gather := self._gathers.pop_done()) is not None:
+            has_posted = True
+            self._post(gather)
         for job, slot in self._pool.grant(limit=1):
-            self._write(job, slot, self._waiting.pop(job))
+            self._begin(_Gather(job, slot, self._waiting.pop(job)))
             return True
-        return False
+        return has_posted
+
+    def settle(self) -> None:
+        """Wait for all gathers."""
+        self._gathers.settle()
 
     def tick(self, now_s: float) -> None:
         """Deadlines, keep-alive, idle links."""
@@ -209,7 +238,9 @@ class Sender:
     def _handle(self, session: PushSession, event: PushEvent) -> None:
         transfer_id = session.spec.transfer_id
         link = self._link_of.get(transfer_id)
-        for effect in session.handle(event, self._node.clock()):
+        effects = session.handle(event, self._node.clock())
+        stopped = [] if session.is_live else self._stop_gathers(transfer_id)
+        for effect in effects:
             match effect:
                 case SendToReceiver():
                     if link is not None:
@@ -225,6 +256,15 @@ class Sender:
             self._link_of.pop(transfer_id, None)
             if link is not None:
                 link.last_used_s = self._node.clock()
+        for sequence_number in stopped:
+            self._handle(session, WriteFinished(sequence_number, None))
+
+    def _stop_gathers(self, transfer_id: TransferId) -> list[int]:
+        """Nothing reads the transfer's blocks once its end is told; returns the numbers of the messages."""
+        stopped = self._gathers.take(transfer_id)
+        for gather in stopped:
+            self._pool.free(gather.slot)
+        return [gather.job[1] for gather in stopped]
 
     def _report(self, spec: PushSpec, effect: ReportPush) -> None:
         if effect.error is not None:
@@ -233,23 +273,29 @@ class Sender:
         stats = TransferStats(effect.num_bytes, effect.num_messages, effect.seconds, self._transport.name)
         self._node.emit(PushDone(spec.transfer_id, stats))
 
-    def _write(self, job: _Job, slot: int, message: WriteMessage) -> None:
+    def _begin(self, gather: _Gather) -> None:
+        job, message, part = gather.job, gather.message, gather.message.part
         session = self._sessions.get(job[0])
-        link = self._link_of.get(job[0])
-        if session is None or link is None or not session.is_live:
-            self._pool.free(slot)
+        if session is None or not session.is_live:
+            self._pool.free(gather.slot)
             self._feed(job[0], WriteFinished(message.sequence_number, None))
             return
-        offset = slot * self._config.slot_bytes
-        part = message.part
-        num_bytes = self._node.store.gather(
-            message.block_table, part.layers, part.tokens, self._staging, offset
-        )
-        assert num_bytes == message.num_bytes, f"gathered {num_bytes} bytes of {message.num_bytes}"
+        offset = gather.slot * self._slot_bytes
+        copy = self._node.store.gather(message.block_table, part.layers, part.tokens, self._staging, offset)
+        assert copy.num_bytes == message.num_bytes, f"gathers {copy.num_bytes} of {message.num_bytes} bytes"
+        if copy.is_done():
+            self._post(gather)
+        else:
+            self._gathers.add(job[0], copy, gather)
+
+    def _post(self, gather: _Gather) -> None:
+        """Of a live session alone: `_stop_gathers` has taken out all others."""
+        link = self._link_of[gather.job[0]]
+        offset, num_bytes = gather.slot * self._slot_bytes, gather.message.num_bytes
         checksum = checksum_of(self._staging, offset, num_bytes) if self._checks else None
-        remote_offset = message.slot * link.remote_slot_bytes
+        remote_offset = gather.message.slot * link.remote_slot_bytes
         write_id = self._transport.post_write(link.link_id, offset, remote_offset, num_bytes)
-        self._writing[write_id] = (job, slot, checksum)
+        self._writing[write_id] = (gather.job, gather.slot, checksum)
 
     def _on_written(self, write_id: int) -> None:
         if (found := self._writing.pop(write_id, None)) is None:

@@ -53,10 +53,11 @@ class KVTransferService:
         transport_factory: TransportFactory | None = None,
     ) -> None:
         unit_bytes = store.layout.token_bytes_per_layer
-        if config.slot_bytes < unit_bytes:
+        slots = config.slots(store.device_kind)
+        if slots.slot_bytes < unit_bytes:
             raise ConfigError(
                 f"slot_bytes must be at least {unit_bytes}, the KV of one token in one layer,"
-                f" got {config.slot_bytes}"
+                f" got {slots.slot_bytes}"
             )
         self._config = config
         self._listener = listener
@@ -67,6 +68,7 @@ class KVTransferService:
             fingerprint=fingerprint,
             store=store,
             config=config,
+            slots=slots,
             watcher=self._reactor,
             clock=time.monotonic,
             emit=self._emit,

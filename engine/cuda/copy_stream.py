@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol, TypeAlias
 
 import torch
 
 Mark: TypeAlias = Any
 """A point in a stream (``torch.cuda.Event``), which a later copy waits for."""
+
+
+class CopyEnd(Protocol):
+    """The point behind a copy in its stream."""
+
+    def is_done(self) -> bool:
+        """Whether the device has passed it; never blocks."""
+        ...
+
+    def wait(self) -> None:
+        """Return when the device has passed it."""
+        ...
 
 
 class CopyStream(Protocol):
@@ -23,8 +34,12 @@ class CopyStream(Protocol):
         """The point that the calling thread's current stream has reached in its queue."""
         ...
 
-    def copying(self, after: Iterable[Mark | None]) -> AbstractContextManager[None]:
-        """What is queued inside runs after those points, and is complete when the block ends."""
+    def has_passed(self, mark: Mark) -> bool:
+        """Whether the device has passed that point; never blocks."""
+        ...
+
+    def run(self, copy: Callable[[], None], after: Iterable[Mark]) -> CopyEnd:
+        """Have what `copy` queues run behind those points, which may be another device's."""
         ...
 
     def settle(self) -> None:
@@ -38,7 +53,8 @@ class CudaCopyStream:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
-        self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._as_current = torch.cuda.stream(self._stream)
+        self._idle_events: list[torch.cuda.Event] = []
 
     def adopt_thread(self) -> None:
         torch.cuda.set_device(self._device)
@@ -49,18 +65,48 @@ class CudaCopyStream:
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    @contextmanager
-    def copying(self, after: Iterable[Mark | None]) -> Iterator[None]:
-        with torch.cuda.stream(self._stream):
+    def has_passed(self, mark: Mark) -> bool:
+        return bool(mark.query())
+
+    def run(self, copy: Callable[[], None], after: Iterable[Mark]) -> CopyEnd:
+        with self._as_current:
             for mark in after:
-                if mark is not None:
-                    self._stream.wait_event(mark)
-            yield
-            self._done.record(self._stream)
-        self._done.synchronize()  # spins, without the interpreter lock
+                self._stream.wait_event(mark)
+            copy()
+            events = self._idle_events
+            event = events.pop() if events else torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(self._stream)
+        return _EventEnd(event, self._idle_events)
 
     def settle(self) -> None:
         torch.cuda.synchronize(self._device)
+
+
+class _EventEnd:
+    """Gives its event back for the next copy once the device has passed it."""
+
+    __slots__ = ("_event", "_idle_events")
+
+    def __init__(self, event: torch.cuda.Event, idle_events: list[torch.cuda.Event]) -> None:
+        self._event: torch.cuda.Event | None = event
+        self._idle_events = idle_events
+
+    def is_done(self) -> bool:
+        if self._event is None:
+            return True
+        if not self._event.query():
+            return False
+        self._give_back(self._event)
+        return True
+
+    def wait(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()  # without the interpreter lock
+            self._give_back(self._event)
+
+    def _give_back(self, event: torch.cuda.Event) -> None:
+        self._event = None
+        self._idle_events.append(event)
 
 
 class InlineCopyStream:
@@ -72,9 +118,24 @@ class InlineCopyStream:
     def mark(self) -> Mark | None:
         return None
 
-    @contextmanager
-    def copying(self, after: Iterable[Mark | None]) -> Iterator[None]:
-        yield
+    def has_passed(self, mark: Mark) -> bool:
+        return True
+
+    def run(self, copy: Callable[[], None], after: Iterable[Mark]) -> CopyEnd:
+        copy()
+        return PASSED
 
     def settle(self) -> None:
         return
+
+
+class _Passed:
+    def is_done(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        return
+
+
+PASSED: CopyEnd = _Passed()
+"""The end of a copy that was done when it was begun."""

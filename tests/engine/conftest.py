@@ -237,8 +237,8 @@ def hand_off(
             continue
         tokens = range(start, item.tokens.stop)
         staging = source.kv.allocate_staging(source.kv.layout.token_bytes * len(tokens) + 64)
-        sent = source.kv.gather(item.block_table, item.layers, tokens, staging, 64)
-        received = target.kv.scatter(reservation.block_table, item.layers, tokens, staging, 64)
+        sent = source.kv.gather(item.block_table, item.layers, tokens, staging, 64).wait()
+        received = target.kv.scatter(reservation.block_table, item.layers, tokens, staging, 64).wait()
         assert sent == received == len(item.layers) * len(tokens) * source.kv.layout.token_bytes_per_layer
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,10 @@ import torch
 
 from kvrelay.core.errors import ConfigError
 from kvrelay.core.kv import DeviceKind, KVLayout
-from kvrelay.engine.cuda.copy_kernels import IndexCopier, TritonCopier, choose_copier
-from kvrelay.engine.cuda.kv_store import CudaKVStore, CudaStaging
+from kvrelay.engine.cuda.copy_kernels import IndexCopier, RowShape, TokenRows, TritonCopier, choose_copier
+from kvrelay.engine.cuda.copy_stream import PASSED, CopyEnd, InlineCopyStream
+from kvrelay.engine.cuda.kv_store import CudaKVStore
+from kvrelay.engine.cuda.staging import CudaStaging
 from kvrelay.engine.host_kv import HostKVStore
 
 CPU = torch.device("cpu")
@@ -35,7 +36,7 @@ def stores(layout: KVLayout, seed: int = 0) -> tuple[CudaKVStore, HostKVStore]:
     host_bytes = (
         cache.clone().view(torch.uint8).view(layout.num_layers, 2, -1, layout.token_bytes_per_layer // 2)
     )
-    return CudaKVStore(layout, cache), HostKVStore(layout, host_bytes.numpy())
+    return CudaKVStore(layout, [cache]), HostKVStore(layout, host_bytes.numpy())
 
 
 def shuffled_table(layout: KVLayout, num_blocks: int, seed: int = 1) -> tuple[Any, ...]:
@@ -62,8 +63,8 @@ def test_gather_gives_the_bytes_that_the_host_store_gives(
     table = shuffled_table(layout, 20)
     size = len(layers) * len(tokens) * layout.token_bytes_per_layer
     mine, theirs = store.allocate_staging(size + 48), host.allocate_staging(size + 48)
-    assert store.gather(table, layers, tokens, mine, 32) == size
-    assert host.gather(table, layers, tokens, theirs, 32) == size
+    assert store.gather(table, layers, tokens, mine, 32).wait() == size
+    assert host.gather(table, layers, tokens, theirs, 32).wait() == size
     assert bytes(mine.host_view()) == bytes(theirs.host_view())
 
 
@@ -73,26 +74,26 @@ def test_scatter_changes_what_the_host_store_changes(layers: range, tokens: rang
     layout = layout_of()
     cache = random_cache(layout)
     host_cache = cache.clone().view(torch.uint8).view(3, 2, -1, layout.token_bytes_per_layer // 2).numpy()
-    store, host = CudaKVStore(layout, cache), HostKVStore(layout, host_cache)
+    store, host = CudaKVStore(layout, [cache]), HostKVStore(layout, host_cache)
     table = shuffled_table(layout, 20)
     size = len(layers) * len(tokens) * layout.token_bytes_per_layer
     message = np.random.default_rng(3).bytes(size)
     mine, theirs = store.allocate_staging(size + offset), host.allocate_staging(size + offset)
     mine.host_view()[offset:] = message
     theirs.host_view()[offset:] = message
-    assert store.scatter(table, layers, tokens, mine, offset) == size
-    assert host.scatter(table, layers, tokens, theirs, offset) == size
+    assert store.scatter(table, layers, tokens, mine, offset).wait() == size
+    assert host.scatter(table, layers, tokens, theirs, offset).wait() == size
     assert cache.view(torch.uint8).numpy().tobytes() == host_cache.tobytes()
 
 
 def test_rows_of_an_odd_number_of_bytes_are_copied_too() -> None:
     layout = KVLayout(3, 24, 4, 1, 3, "float8", 1)
     cache = torch.randint(0, 255, (3, 2, 24, 4, 1, 3), dtype=torch.uint8)
-    store, host = CudaKVStore(layout, cache), HostKVStore(layout, cache.clone().view(3, 2, -1, 3).numpy())
+    store, host = CudaKVStore(layout, [cache]), HostKVStore(layout, cache.clone().view(3, 2, -1, 3).numpy())
     table = shuffled_table(layout, 20)
     mine, theirs = store.allocate_staging(4096), host.allocate_staging(4096)
-    num_bytes = host.gather(table, range(3), range(2, 79), theirs, 5)
-    assert store.gather(table, range(3), range(2, 79), mine, 5) == num_bytes
+    num_bytes = host.gather(table, range(3), range(2, 79), theirs, 5).wait()
+    assert store.gather(table, range(3), range(2, 79), mine, 5).wait() == num_bytes
     assert bytes(mine.host_view()) == bytes(theirs.host_view())
 
 
@@ -100,7 +101,7 @@ def test_more_tokens_than_the_first_slot_list_holds() -> None:
     layout = KVLayout(1, 700, 16, 1, 2, "bfloat16", 2)
     cache = torch.randint(0, 2**15, (1, 2, 700, 16, 1, 2), dtype=torch.int16).view(torch.bfloat16)
     store, host = (
-        CudaKVStore(layout, cache),
+        CudaKVStore(layout, [cache]),
         HostKVStore(layout, cache.view(torch.uint8).view(1, 2, -1, 4).numpy()),
     )
     table = shuffled_table(layout, 700)
@@ -116,7 +117,7 @@ def test_a_cache_made_in_inference_mode_is_written() -> None:
     layout = layout_of()
     with torch.inference_mode():
         cache = torch.zeros(3, 2, 24, 4, 2, 8, dtype=torch.bfloat16)
-    store = CudaKVStore(layout, cache)
+    store = CudaKVStore(layout, [cache])
     staging = store.allocate_staging(layout.token_bytes)
     staging.host_view()[:] = b"\1" * layout.token_bytes
     store.scatter((5,), range(3), range(2, 3), staging, 0)
@@ -147,6 +148,7 @@ class RecordingStream:
 
     def __init__(self) -> None:
         self.num_marks = 0
+        self.passed: set[int] = set()
         self.waited: list[set[int]] = []
         self.is_copying = False
 
@@ -157,12 +159,15 @@ class RecordingStream:
         self.num_marks += 1
         return self.num_marks
 
-    @contextmanager
-    def copying(self, after: Any) -> Iterator[None]:
-        self.waited.append({mark for mark in after if mark is not None})
+    def has_passed(self, mark: int) -> bool:
+        return mark in self.passed
+
+    def run(self, copy: Callable[[], None], after: Iterable[int]) -> CopyEnd:
+        self.waited.append(set(after))
         self.is_copying = True
-        yield
+        copy()
         self.is_copying = False
+        return PASSED
 
     def settle(self) -> None:
         return
@@ -172,19 +177,21 @@ class RecordingCopier(IndexCopier):
     def __init__(self, stream: RecordingStream) -> None:
         self.stream = stream
 
-    def gather(self, planes: torch.Tensor, slots: torch.Tensor, message: torch.Tensor) -> None:
+    def gather(self, planes: torch.Tensor, rows: TokenRows, message: torch.Tensor) -> None:
         assert self.stream.is_copying, "a gather outside of the store's stream"
-        super().gather(planes, slots, message)
+        super().gather(planes, rows, message)
 
-    def scatter(self, planes: torch.Tensor, slots: torch.Tensor, message: torch.Tensor) -> None:
+    def scatter(self, planes: torch.Tensor, rows: TokenRows, message: torch.Tensor) -> None:
         assert self.stream.is_copying, "a scatter outside of the store's stream"
-        super().scatter(planes, slots, message)
+        super().scatter(planes, rows, message)
 
 
 @pytest.fixture
 def recording() -> tuple[CudaKVStore, RecordingStream]:
     stream = RecordingStream()
-    store = CudaKVStore(layout_of(), random_cache(layout_of()), copier=RecordingCopier(stream), stream=stream)
+    store = CudaKVStore(
+        layout_of(), [random_cache(layout_of())], copier=RecordingCopier(stream), streams=[stream]
+    )
     return store, stream
 
 
@@ -203,6 +210,22 @@ def test_a_gather_waits_for_the_latest_writes_of_its_layers_alone(
     assert stream.waited == [set(), {1}, {2}, {1, 2}, {3}]
 
 
+def test_a_mark_that_the_device_has_passed_is_not_waited_for(
+    recording: tuple[CudaKVStore, RecordingStream],
+) -> None:
+    store, stream = recording
+    staging = store.allocate_staging(1 << 16)
+    store.mark_written(range(0, 2))  # 1
+    store.mark_written(range(2, 3))  # 2
+    store.mark_freed()  # 3
+    stream.passed = {1, 3}
+    store.gather((0, 1), range(3), range(8), staging, 0)
+    store.scatter((0, 1), range(3), range(8), staging, 0)
+    store.mark_written(range(1, 2))  # 4
+    store.gather((0, 1), range(2), range(8), staging, 0)
+    assert stream.waited == [{2}, set(), {4}]
+
+
 def test_a_scatter_waits_for_the_work_before_its_blocks_were_freed(
     recording: tuple[CudaKVStore, RecordingStream],
 ) -> None:
@@ -216,25 +239,120 @@ def test_a_scatter_waits_for_the_work_before_its_blocks_were_freed(
 
 
 def test_the_cpu_gets_torchs_indexing() -> None:
-    assert choose_copier(CPU, 256, torch.int64).name == "index_select"
+    assert choose_copier(CPU, RowShape(256, 256, torch.int64, 16)).name == "index_select"
 
 
-def test_the_triton_kernel_copies_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+SHARDS = [1, 2, 4]
+
+
+def sharded(layout: KVLayout, cache: torch.Tensor, num_shards: int) -> tuple[list[torch.Tensor], CudaKVStore]:
+    """Copies of the cache's heads in as many parts, and a store over them."""
+    shards = [part.contiguous() for part in cache.clone().chunk(num_shards, dim=4)]
+    return shards, CudaKVStore(layout, shards)
+
+
+def four_heads() -> tuple[KVLayout, torch.Tensor]:
+    layout = KVLayout(3, 24, 4, 4, 6, "bfloat16", 2)
+    generator = torch.Generator().manual_seed(4)
+    cache = torch.randint(-(2**15), 2**15, (3, 2, 24, 4, 4, 6), dtype=torch.int16, generator=generator)
+    return layout, cache.view(torch.bfloat16)
+
+
+@pytest.mark.parametrize("num_shards", SHARDS)
+@pytest.mark.parametrize(("layers", "tokens"), RANGES)
+def test_shards_make_the_message_that_the_whole_cache_makes(
+    num_shards: int, layers: range, tokens: range
+) -> None:
+    layout, cache = four_heads()
+    _, store = sharded(layout, cache, num_shards)
+    host = HostKVStore(layout, cache.view(torch.uint8).view(3, 2, -1, 48).numpy())
+    table = shuffled_table(layout, 20)
+    mine, theirs = store.allocate_staging(1 << 16), host.allocate_staging(1 << 16)
+    num_bytes = host.gather(table, layers, tokens, theirs, 12).wait()
+    assert store.gather(table, layers, tokens, mine, 12).wait() == num_bytes
+    assert bytes(mine.host_view()) == bytes(theirs.host_view())
+
+
+@pytest.mark.parametrize("num_sending", SHARDS)
+@pytest.mark.parametrize("num_receiving", SHARDS)
+def test_messages_pass_between_stores_of_different_shards(num_sending: int, num_receiving: int) -> None:
+    layout, cache = four_heads()
+    _, sender = sharded(layout, cache, num_sending)
+    received, receiver = sharded(layout, torch.zeros_like(cache), num_receiving)
+    source, target = shuffled_table(layout, 20), shuffled_table(layout, 20, seed=2)
+    staging = sender.allocate_staging(1 << 16)
+    for layers, tokens in ((range(2), range(80)), (range(2, 3), range(33)), (range(2, 3), range(33, 80))):
+        sender.gather(source, layers, tokens, staging, 8).wait()
+        receiver.scatter(target, layers, tokens, staging, 8).wait()
+    whole = torch.cat(received, dim=4).view(torch.int16)
+    assert torch.equal(whole[:, :, list(target)], cache.view(torch.int16)[:, :, list(source)])
+    unused = [block for block in range(layout.num_blocks) if block not in target]
+    assert not whole[:, :, unused].any()
+
+
+class LateStream(InlineCopyStream):
+    """Its copies end when the test says so."""
+
+    def __init__(self) -> None:
+        self.is_over = False
+
+    def run(self, copy: Callable[[], None], after: Iterable[int]) -> CopyEnd:
+        copy()
+        return self
+
+    def is_done(self) -> bool:
+        return self.is_over
+
+    def wait(self) -> None:
+        self.is_over = True
+
+
+def test_a_copy_is_done_when_that_of_every_shard_is() -> None:
+    layout, cache = four_heads()
+    streams = [LateStream(), LateStream()]
+    shards = [part.contiguous() for part in cache.chunk(2, dim=4)]
+    store = CudaKVStore(layout, shards, streams=streams)
+    staging = store.allocate_staging(1 << 16)
+    copy = store.gather((0, 1), range(3), range(8), staging, 0)
+    assert not copy.is_done()
+    streams[0].is_over = True
+    assert not copy.is_done()
+    streams[1].is_over = True
+    assert copy.is_done()
+    for stream in streams:
+        stream.is_over = False
+    assert copy.wait() == 8 * layout.token_bytes
+    assert streams[0].is_over
+    assert streams[1].is_over
+
+
+def test_more_block_tables_than_are_remembered() -> None:
+    store, host = stores(layout_of())
+    mine, theirs = store.allocate_staging(1 << 12), host.allocate_staging(1 << 12)
+    for seed in [*range(40), 0, 1]:
+        table = shuffled_table(layout_of(), 3, seed)
+        store.gather(table, range(3), range(1, 11), mine, 0).wait()
+        host.gather(table, range(3), range(1, 11), theirs, 0).wait()
+        assert bytes(mine.host_view()) == bytes(theirs.host_view())
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_the_triton_kernel_copies_the_same_rows(monkeypatch: pytest.MonkeyPatch, num_shards: int) -> None:
     """In Triton's interpreter, where Triton is installed."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     pytest.importorskip("triton")
     layout = KVLayout(2, 24, 4, 3, 10, "bfloat16", 2)
     cache = torch.randint(0, 2**15, (2, 2, 24, 4, 3, 10), dtype=torch.int16).view(torch.bfloat16)
-    indexed, other = CudaKVStore(layout, cache), cache.clone()
-    kernel = CudaKVStore(layout, other, copier=TritonCopier())
+    shards = [part.contiguous() for part in cache.clone().chunk(num_shards, dim=4)]
+    indexed, kernel = CudaKVStore(layout, [cache]), CudaKVStore(layout, shards, copier=TritonCopier())
     table = shuffled_table(layout, 20)
     for layers, tokens, offset in ((range(2), range(80), 0), (range(1, 2), range(3, 40), 6)):
         mine, theirs = kernel.allocate_staging(1 << 16), indexed.allocate_staging(1 << 16)
-        num_bytes = indexed.gather(table, layers, tokens, theirs, offset)
-        assert kernel.gather(table, layers, tokens, mine, offset) == num_bytes
+        num_bytes = indexed.gather(table, layers, tokens, theirs, offset).wait()
+        assert kernel.gather(table, layers, tokens, mine, offset).wait() == num_bytes
         assert torch.equal(mine.bytes, theirs.bytes)
         mine.bytes.random_()
         theirs.bytes.copy_(mine.bytes)
-        kernel.scatter(table, layers, tokens, mine, offset)
-        indexed.scatter(table, layers, tokens, theirs, offset)
-        assert torch.equal(other.view(torch.int16), cache.view(torch.int16))
+        kernel.scatter(table, layers, tokens, mine, offset).wait()
+        indexed.scatter(table, layers, tokens, theirs, offset).wait()
+        assert torch.equal(torch.cat(shards, dim=4).view(torch.int16), cache.view(torch.int16))

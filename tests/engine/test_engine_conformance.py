@@ -450,9 +450,9 @@ def test_gather_of_any_range_inverts_scatter(build_engine, drive, request_of, pr
         size = len(layers) * len(tokens) * token_bytes
         first, second = source.kv.allocate_staging(size), target.kv.allocate_staging(size + 3)
         assert first.address % 4096 == 0
-        assert source.kv.gather(table, layers, tokens, first, 0) == size
-        assert target.kv.scatter(other, layers, tokens, first, 0) == size
-        assert target.kv.gather(other, layers, tokens, second, 3) == size
+        assert source.kv.gather(table, layers, tokens, first, 0).wait() == size
+        assert target.kv.scatter(other, layers, tokens, first, 0).wait() == size
+        assert target.kv.gather(other, layers, tokens, second, 3).wait() == size
         assert bytes(second.host_view()[3 : 3 + size]) == bytes(first.host_view()[:size])
         assert any(first.host_view()[:size])
 

@@ -47,16 +47,16 @@ def test_misplaced_kv_fails_the_sequence(build_sim, drive, request_of, prompt_of
         table, layers = ready[0].block_table, range(4)
         tokens = range(30)
         if fault == "shifted by one":
-            source.engine.kv.gather(table, layers, range(1, 30), staging, 0)
-            target.engine.kv.scatter(reservation.block_table, layers, range(29), staging, 0)
+            source.engine.kv.gather(table, layers, range(1, 30), staging, 0).wait()
+            target.engine.kv.scatter(reservation.block_table, layers, range(29), staging, 0).wait()
         else:
-            source.engine.kv.gather(table, layers, tokens, staging, 0)
+            source.engine.kv.gather(table, layers, tokens, staging, 0).wait()
             swapped = (
                 *reservation.block_table[1:2],
                 *reservation.block_table[:1],
                 *reservation.block_table[2:],
             )
-            target.engine.kv.scatter(swapped, layers, tokens, staging, 0)
+            target.engine.kv.scatter(swapped, layers, tokens, staging, 0).wait()
     target.engine.start_decode("s", source.tokens("s")[0])
     target.step()
     assert [failure.key for failure in target.failures] == ["s"]

@@ -17,7 +17,7 @@ import pytest
 
 from kvrelay.core.block_hash import BlockHash
 from kvrelay.core.ids import AttemptId, BlockId, TransferId
-from kvrelay.core.kv import DeviceKind, KVFingerprint, KVLayout
+from kvrelay.core.kv import DeviceKind, FinishedCopy, KVFingerprint, KVLayout
 from kvrelay.kv_transfer.config import KVTransferConfig
 from kvrelay.kv_transfer.interface import (
     ExpectedTransfer,
@@ -50,6 +50,8 @@ class NumpyStaging:
 class NumpyStore:
     """Cache of `[num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim]` float32."""
 
+    device_kind = DeviceKind.CPU
+
     def __init__(self, block_size: int, num_blocks: int = 512, num_layers: int = NUM_LAYERS) -> None:
         self.layout = KVLayout(num_layers, num_blocks, block_size, 2, 8, "float32", 4)
         self.cache = np.zeros((num_layers, 2, num_blocks, block_size, 2, 8), dtype=np.float32)
@@ -70,15 +72,15 @@ class NumpyStore:
 
     def gather(
         self, block_table: Sequence[BlockId], layers: range, tokens: range, out: NumpyStaging, offset: int
-    ) -> int:
+    ) -> FinishedCopy:
         self.num_gathers += 1
         data = np.ascontiguousarray(self.read(block_table, layers, tokens)).view(np.uint8).reshape(-1)
         out.host_view()[offset : offset + data.size] = data.data
-        return data.size
+        return FinishedCopy(data.size)
 
     def scatter(
         self, block_table: Sequence[BlockId], layers: range, tokens: range, source: NumpyStaging, offset: int
-    ) -> int:
+    ) -> FinishedCopy:
         self.num_scatters += 1
         num_bytes = len(layers) * len(tokens) * self.layout.token_bytes_per_layer
         data = np.frombuffer(source.host_view()[offset : offset + num_bytes], dtype=np.float32)
@@ -86,7 +88,7 @@ class NumpyStore:
         self.cache[layers.start : layers.stop][:, :, blocks, within] = data.reshape(
             len(layers), 2, len(tokens), 2, 8
         )
-        return num_bytes
+        return FinishedCopy(num_bytes)
 
 
 @dataclass
@@ -229,9 +231,10 @@ async def make_node(config: KVTransferConfig) -> AsyncIterator[NodeMaker]:
         block_size: int = 16,
         fingerprint: KVFingerprint = FINGERPRINT,
         factory: TransportFactory | None = None,
+        store: NumpyStore | None = None,
         **changes: Any,
     ) -> Node:
-        store, recorder = NumpyStore(block_size), Recorder()
+        store, recorder = store or NumpyStore(block_size), Recorder()
         service = KVTransferService(
             name, store, fingerprint, replace(config, **changes), recorder, transport_factory=factory
         )

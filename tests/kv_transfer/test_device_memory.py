@@ -13,7 +13,7 @@ import torch
 
 from kvrelay.core.errors import ConfigError, TransferFailed
 from kvrelay.core.ids import BlockId
-from kvrelay.core.kv import DeviceKind, KVLayout
+from kvrelay.core.kv import DeviceKind, FinishedCopy, KVLayout
 from kvrelay.engine.cuda.kv_store import CudaKVStore
 from kvrelay.kv_transfer import choose_transport, ucx
 from kvrelay.kv_transfer.interface import ExpectedTransfer, PushDone, PushFailed, PushSpec, ReceiveDone
@@ -39,18 +39,22 @@ class DeviceStaging:
 
 def device_store(kv: Any) -> Any:
     class DeviceStore(kv.NumpyStore):  # type: ignore[misc]
+        device_kind = DeviceKind.CUDA
+
         def allocate_staging(self, num_bytes: int) -> DeviceStaging:
             return DeviceStaging(super().allocate_staging(num_bytes))
 
         def gather(
             self, table: Sequence[BlockId], layers: range, tokens: range, out: Any, offset: int
-        ) -> int:
-            return int(super().gather(table, layers, tokens, out.hidden, offset))
+        ) -> FinishedCopy:
+            copy: FinishedCopy = super().gather(table, layers, tokens, out.hidden, offset)
+            return copy
 
         def scatter(
             self, table: Sequence[BlockId], layers: range, tokens: range, source: Any, offset: int
-        ) -> int:
-            return int(super().scatter(table, layers, tokens, source.hidden, offset))
+        ) -> FinishedCopy:
+            copy: FinishedCopy = super().scatter(table, layers, tokens, source.hidden, offset)
+            return copy
 
     return DeviceStore(16)
 
@@ -151,7 +155,7 @@ async def test_the_gpu_engines_store_over_ucx(kv: Any, config: Any) -> None:
         layout = KVLayout(kv.NUM_LAYERS, 64, block_size, 2, 8, "float32", 4)
         caches.append(torch.rand(kv.NUM_LAYERS, 2, 64, block_size, 2, 8))
         recorders.append(kv.Recorder())
-        store = CudaKVStore(layout, caches[-1])
+        store = CudaKVStore(layout, [caches[-1]])
         services.append(KVTransferService(name, store, kv.FINGERPRINT, config, recorders[-1]))
         await services[-1].start()
     try:

@@ -247,7 +247,9 @@ async def granted_peer(kv: Any, node: Any, dial: Any, transport: str) -> tuple[F
     node.service.expect(kv.ExpectedTransfer(transfer_id, node.take_blocks(16), 16, 0, kv.DIGEST))
     peer = await dial(node.service.address)
     peer.send(
-        hello(kv, transport), Offer(transfer_id, 16, kv.DIGEST, kv.FINGERPRINT.digest), Want(transfer_id, 1)
+        hello(kv, transport),
+        Offer(transfer_id, 16, kv.DIGEST, kv.FINGERPRINT.digest, 0),
+        Want(transfer_id, 1),
     )
     assert isinstance(await peer.hear(), Hello)
     assert await peer.hear() == Grant(transfer_id, 0)

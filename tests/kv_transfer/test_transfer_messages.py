@@ -38,7 +38,7 @@ ID = TransferId(2**63 - 1, AttemptId(3))
 FRAMES = [
     Hello(1, "node", "ab", KVFingerprint("m", "float32", 2, 3, 4, "r"), "tcp", b"e", b"t", 4096, 8),
     Refuse("TRANSFER_FAILED", "no"),
-    Offer(ID, 5, b"d" * 32, b"f" * 16),
+    Offer(ID, 5, b"d" * 32, b"f" * 16, 4),
     Grant(ID, 3),
     Want(ID, 2),
     SlotsGranted(ID, (1, 0)),

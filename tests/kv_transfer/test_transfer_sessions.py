@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from kvrelay.core.block_hash import BlockHash
 from kvrelay.core.errors import ConfigError, Overloaded, TransferCorrupt, TransferFailed
 from kvrelay.core.ids import AttemptId, BlockId, TransferId
-from kvrelay.core.kv import KVFingerprint, KVLayout
-from kvrelay.kv_transfer.config import KVTransferConfig
+from kvrelay.core.kv import DeviceKind, KVFingerprint, KVLayout
+from kvrelay.kv_transfer.config import KVTransferConfig, StagingSlots
 from kvrelay.kv_transfer.interface import ExpectedTransfer, PushSpec
 from kvrelay.kv_transfer.kv_range import MAX_READY_RANGES, Coverage, KVRange, ReadyQueue
 from kvrelay.kv_transfer.messages import (
@@ -51,9 +51,12 @@ from kvrelay.kv_transfer.receive_events import (
     ChunkArrived,
     FinishArrived,
     FreeSlots,
+    MessageScattered,
     OfferMatched,
     QuarantineSlots,
+    ReceiveAborted,
     ReceiveGivenUp,
+    ReceiveLinkLost,
     ReportReceive,
     RequestSlots,
     ScatterMessage,
@@ -222,7 +225,7 @@ def make_push(now_s: float = 0.0, window: int = 2) -> PushSession:
 
 def test_a_push_from_offer_to_acknowledgement() -> None:
     push = make_push()
-    offer = Offer(ID, 10, DIGEST, FINGERPRINT.digest)
+    offer = Offer(ID, 10, DIGEST, FINGERPRINT.digest, 0)
     assert push.handle(LinkOpened(20 * UNIT_BYTES), 0.0) == [SendToReceiver(offer)]
     assert push.handle(KVReported(TABLE, whole(range(10))), 0.1) == []
     assert push.handle(OfferGranted(first_token=4), 0.2) == [SendToReceiver(Want(ID, 2))]
@@ -327,7 +330,7 @@ def make_receive() -> ReceiveSession:
 
 def test_a_receive_from_offer_to_acknowledgement() -> None:
     receive = make_receive()
-    offer = Offer(ID, 10, DIGEST, FINGERPRINT.digest)
+    offer = Offer(ID, 10, DIGEST, FINGERPRINT.digest, 0)
     assert receive.handle(OfferMatched(offer, FINGERPRINT), 0.0) == [SendToSender(Grant(ID, 4))]
     assert receive.handle(SlotsWanted(2), 0.0) == [RequestSlots(2)]
     assert receive.handle(SlotsAssigned((3, 0)), 0.0) == [SendToSender(SlotsGranted(ID, (3, 0)))]
@@ -335,21 +338,87 @@ def test_a_receive_from_offer_to_acknowledgement() -> None:
     assert receive.handle(ChunkArrived(chunk), 0.0) == [
         ScatterMessage(3, TABLE, whole(range(4, 9)), 20 * UNIT_BYTES, 11)
     ]
+    assert receive.handle(MessageScattered(), 0.0) == []
     last = Chunk(ID, 1, 0, range(4), range(9, 10), 4 * UNIT_BYTES, False, 0)
     assert receive.handle(ChunkArrived(last), 0.0) == [
         ScatterMessage(0, TABLE, whole(range(9, 10)), 4 * UNIT_BYTES, None)
     ]
-    assert receive.handle(FinishArrived(Finish(ID, 2, 24 * UNIT_BYTES, 99)), 1.0) == [
+    # The scatter may end after everything has come: nothing is acknowledged before.
+    assert receive.handle(FinishArrived(Finish(ID, 2, 24 * UNIT_BYTES, 99)), 0.9) == []
+    assert receive.handle(MessageScattered(), 1.0) == [
         SendToSender(Ack(ID)),
         FreeSlots(None),
         ReportReceive(None, 99, 24 * UNIT_BYTES, 2, 1.0),
     ]
 
 
+def storing() -> ReceiveSession:
+    """All has come, a scatter is still under way."""
+    receive = make_receive()
+    receive.handle(OfferMatched(Offer(ID, 10, DIGEST, FINGERPRINT.digest, 2), FINGERPRINT), 0.0)
+    receive.handle(SlotsAssigned((3, 0)), 0.0)
+    receive.handle(ChunkArrived(Chunk(ID, 0, 3, range(4), range(4, 9), 20 * UNIT_BYTES, False, 0)), 0.0)
+    receive.handle(ChunkArrived(Chunk(ID, 1, 0, range(4), range(9, 10), 4 * UNIT_BYTES, False, 0)), 0.0)
+    receive.handle(MessageScattered(), 0.0)
+    assert receive.handle(FinishArrived(Finish(ID, 2, 24 * UNIT_BYTES, 99)), 0.0) == []
+    return receive
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        FinishArrived(Finish(ID, 2, 24 * UNIT_BYTES, 99)),
+        ChunkArrived(Chunk(ID, 2, 3, range(4), range(9, 10), 4 * UNIT_BYTES, False, 0)),
+        ReceiveAborted(TransferFailed("the prefill died")),
+        ReceiveLinkLost(TransferFailed("the cable was cut")),
+    ],
+    ids=lambda event: type(event).__name__,
+)
+def test_what_goes_wrong_before_the_last_scatter_ends_is_no_success(event: Any) -> None:
+    receive = storing()
+    (report,) = [effect for effect in receive.handle(event, 0.0) if isinstance(effect, ReportReceive)]
+    assert report.error is not None
+    assert receive.handle(MessageScattered(), 0.0) == []
+
+
+def test_an_offer_asks_for_the_slots_of_what_is_ready() -> None:
+    push = make_push(window=2)
+    push.handle(KVReported(TABLE, whole(range(10))), 0.0)
+    (offer,) = push.handle(LinkOpened(4 * UNIT_BYTES), 0.0)
+    assert offer == SendToReceiver(Offer(ID, 10, DIGEST, FINGERPRINT.digest, 2))
+    assert push.handle(OfferGranted(0), 0.0) == [], "two are asked for already"
+    effects = push.handle(RemoteSlotsGranted((4, 5)), 0.0)
+    assert [type(effect) for effect in effects] == [WriteMessage, WriteMessage]
+
+
+def test_slots_that_an_offer_asked_for_in_vain_go_back() -> None:
+    push = make_push()
+    push.handle(KVReported(TABLE, whole(range(4))), 0.0)
+    push.handle(LinkOpened(20 * UNIT_BYTES), 0.0)
+    assert push.handle(OfferGranted(4), 0.0) == []
+    assert push.handle(RemoteSlotsGranted((4,)), 0.0) == [SendToReceiver(SlotsReturned(ID, (4,)))]
+
+
+def test_a_granted_offer_queues_for_the_slots_it_asks_for() -> None:
+    offer = Offer(ID, 10, DIGEST, FINGERPRINT.digest, 2)
+    assert make_receive().handle(OfferMatched(offer, FINGERPRINT), 0.0) == [
+        SendToSender(Grant(ID, 4)),
+        RequestSlots(2),
+    ]
+
+
+def test_an_offer_that_asks_for_more_than_its_share_is_refused() -> None:
+    effects = make_receive().handle(
+        OfferMatched(Offer(ID, 10, DIGEST, FINGERPRINT.digest, 3), FINGERPRINT), 0.0
+    )
+    (report,) = [effect for effect in effects if isinstance(effect, ReportReceive)]
+    assert isinstance(report.error, TransferCorrupt)
+
+
 @pytest.mark.parametrize("finish", [Finish(ID, 1, 0, 9), Finish(ID, 0, 1, 9), Finish(ID, 0, 0, 9)])
 def test_a_finish_that_does_not_add_up_is_never_acknowledged(finish: Finish) -> None:
     receive = make_receive()
-    receive.handle(OfferMatched(Offer(ID, 10, DIGEST, FINGERPRINT.digest), FINGERPRINT), 0.0)
+    receive.handle(OfferMatched(Offer(ID, 10, DIGEST, FINGERPRINT.digest, 0), FINGERPRINT), 0.0)
     effects = receive.handle(FinishArrived(finish), 0.0)
     assert not any(isinstance(effect, SendToSender) and effect.frame == Ack(ID) for effect in effects)
     (report,) = [effect for effect in effects if isinstance(effect, ReportReceive)]
@@ -358,7 +427,7 @@ def test_a_finish_that_does_not_add_up_is_never_acknowledged(finish: Finish) -> 
 
 def test_giving_up_while_receiving_quarantines_and_tells_the_sender() -> None:
     receive = make_receive()
-    receive.handle(OfferMatched(Offer(ID, 10, DIGEST, FINGERPRINT.digest), FINGERPRINT), 0.0)
+    receive.handle(OfferMatched(Offer(ID, 10, DIGEST, FINGERPRINT.digest, 0), FINGERPRINT), 0.0)
     abort, quarantine = receive.handle(ReceiveGivenUp(None), 0.0)
     assert isinstance(abort, SendToSender)
     assert isinstance(abort.frame, Abort)
@@ -370,20 +439,28 @@ def test_giving_up_while_receiving_quarantines_and_tells_the_sender() -> None:
 
 def test_offers_are_bounded_and_expire() -> None:
     book = OfferBook(max_pending=1, timeout_s=5.0)
-    book.keep(Offer(ID, 10, DIGEST, FINGERPRINT.digest), 1, 0.0)
+    book.keep(Offer(ID, 10, DIGEST, FINGERPRINT.digest, 0), 1, 0.0)
     other = TransferId(1, AttemptId(2))
     with pytest.raises(Overloaded):
-        book.keep(Offer(other, 10, DIGEST, FINGERPRINT.digest), 1, 0.0)
+        book.keep(Offer(other, 10, DIGEST, FINGERPRINT.digest, 0), 1, 0.0)
     assert book.expire(4.9) == []
     assert [pending.offer.transfer_id for pending in book.expire(5.0)] == [ID]
     assert isinstance(book.ended_error(ID), TransferFailed)
     with pytest.raises(TransferFailed):
-        book.keep(Offer(ID, 10, DIGEST, FINGERPRINT.digest), 1, 6.0)
+        book.keep(Offer(ID, 10, DIGEST, FINGERPRINT.digest, 0), 1, 6.0)
 
 
 def test_a_peer_can_not_make_us_report_any_error() -> None:
     assert type(peer_error("INVALID_REQUEST", "x")) is TransferFailed
     assert type(peer_error("TRANSFER_CORRUPT", "x")) is TransferCorrupt
+
+
+def test_default_slots_depend_on_where_the_kv_is() -> None:
+    plain, given = KVTransferConfig(), KVTransferConfig(slot_bytes=100, num_send_slots=3)
+    assert plain.slots(DeviceKind.CPU) == StagingSlots(4 << 20, 4, 8, 4)
+    assert plain.slots(DeviceKind.CUDA) == StagingSlots(64 << 20, 8, 8, 8)
+    assert given.slots(DeviceKind.CPU) == StagingSlots(100, 3, 8, 4)
+    assert given.slots(DeviceKind.CUDA) == StagingSlots(100, 3, 8, 8)
 
 
 def test_a_bad_config_lists_all_its_faults() -> None:
