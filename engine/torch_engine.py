@@ -94,7 +94,7 @@ def _build_executor(
     vocab_size, eos_token_ids = plan.model_config.vocab_size, plan.model_config.eos_token_ids
     send = None if ranks is None else ranks.followers.send
     rank = TorchRank(plan, device, None if ranks is None else ranks.collectives, on_progress=on_progress)
-    caches = [rank.cache] if ranks is None else [rank.cache, *ranks.followers.wait_loaded()]
+    caches = [rank.cache] if ranks is None else [rank.cache, *ranks.followers.wait_loaded(rank.cache)]
     graphs = device.decode_graphs(
         rank.model, rank.attention, vocab_size, plan.config.max_num_seqs, plan.layout.block_size
     )

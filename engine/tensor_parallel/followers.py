@@ -77,8 +77,8 @@ class Followers:
         for rank in range(1, len(self._pipes) + 1):
             self._receive(rank, Started)
 
-    def wait_loaded(self) -> list[Tensor]:
-        """The caches of all followers, by rank, once their weights are there.
+    def wait_loaded(self, like: Tensor) -> list[Tensor]:
+        """The caches of all followers, by rank, once their weights are there; `like` is rank 0's own.
 
         Raises:
             ConfigError: a rank could not load its part.
@@ -86,7 +86,7 @@ class Followers:
         caches = []
         for rank, memory in enumerate(self._memories, start=1):
             loaded = self._receive(rank, Loaded)
-            cache = loaded.cache if memory is None else memory.bytes
+            cache = loaded.cache if memory is None else memory.bytes.view(like.dtype).view(like.shape)
             assert cache is not None
             caches.append(cache)
             if memory is not None:
