@@ -125,18 +125,22 @@ async def run_prepared(target: Target, requests: Sequence[Request]) -> None:
 async def run_idle(
     target: Target, num_input: int, vocab_size: int, *, repeats: int = 6, num_output: int = 32
 ) -> list[Request]:
-    """Requests one after the other; what comes first is there to warm up and is not given back, unless it
-    failed."""
+    """Requests one after the other, until the second that fails; the first is there to warm up and is not
+    given back, unless it failed."""
     requests = [
         Request(draw_prompt(f"idle {num_input} {index}", num_input, vocab_size), num_output)
         for index in range(repeats + 1)
     ]
     prepare(target, requests)
+    asked: list[Request] = []
     for request in requests:
+        if sum(bool(earlier.error) for earlier in asked) == 2:
+            break
         request.due_s = time.perf_counter()
         await _ask(target, request)
-    _read(target, requests)
-    return [request for index, request in enumerate(requests) if index or request.error]
+        asked.append(request)
+    _read(target, asked)
+    return [request for index, request in enumerate(asked) if index or request.error]
 
 
 def prepare(target: Target, requests: Sequence[Request]) -> None:
