@@ -32,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
@@ -195,6 +196,8 @@ def run_system(run: Run, system: str, model: Path, work_folder: Path) -> None:
         run.leave_out(system, str(error))
     except TimeoutError:
         run.leave_out(f"{system}, rest of its cells", "the time was over in the middle of one")
+    except Exception:  # the other systems are still to be measured
+        run.leave_out(f"{system}, rest of its cells", traceback.format_exc())
     run.write()
 
 
@@ -265,7 +268,8 @@ def main() -> None:
             run_system(run, system, model, args.work or folder / "work")
     print_ratios(read_earlier(args.earlier, run.found))
     for item in run.found["not run"]:
-        print(f"not run: {item['what']}: {item['why'].splitlines()[0]}")
+        lines = item["why"].strip().splitlines()
+        print(f"not run: {item['what']}: {lines[-1] if lines[0].startswith('Traceback') else lines[0]}")
 
 
 if __name__ == "__main__":
