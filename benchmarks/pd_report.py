@@ -42,20 +42,24 @@ def print_ratios(systems: Mapping[str, Any]) -> None:
     for kind, names in (("idle", list(IDLE_NAMES)), ("load", load_names)):
         for cell, figures in ours[kind].items():
             theirs = {other: systems[other][kind].get(cell, {}) for other in others}
-            print(f"\n{cell}, {kind}{'':12}kvrelay" + "".join(f"{other:>16}  ratio" for other in others))
+            columns = "".join(f"{other:>17}  ratio" for other in others)
+            print(f"\n{f'{cell}, {kind}':18}{'kvrelay':>12}{columns}")
             for name in [*names, "failed"]:
                 print(_ratio_line(name, figures, theirs))
 
 
 def _ratio_line(name: str, ours: Figures, theirs: Mapping[str, Figures]) -> str:
-    line = f"{name:12}{_number(ours.get(name)):>18}"
+    line = f"{name:18}{_number(name, ours.get(name)):>12}"
     for figures in theirs.values():
-        line += f"{_number(figures.get(name)):>16}{_ratio(figures.get(name), ours.get(name)):>7}"
+        value = figures.get(name)
+        line += f"{_number(name, value):>17}{_ratio(value, ours.get(name)):>7}"
     return line
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}" if value < 1 else f"{value:.1f}"
+def _number(name: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1%}" if name == "goodput" else f"{value:.0f}" if name == "failed" else f"{value:.1f}"
 
 
 def _ratio(theirs: float | None, ours: float | None) -> str:
