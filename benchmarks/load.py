@@ -89,7 +89,8 @@ class Cell:
     def requests(self, vocab_size: int) -> list[Request]:
         """`due_s` counts from the cell's beginning; the first is due at once."""
         chance = random.Random(f"{self.seed} {self.name}")
-        due_s, found = 0.0, []
+        due_s = 0.0
+        found: list[Request] = []
         while due_s < self.seconds:
             prompt = draw_prompt(f"{self.seed} {self.name} {len(found)}", self.num_input, vocab_size)
             found.append(Request(prompt, self.num_output, due_s))

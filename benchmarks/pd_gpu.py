@@ -82,7 +82,7 @@ class Run:
         self.args = args
         self.vocab_size = vocab_size
         self.found: dict[str, Any] = {"args": {**vars(args)}, "systems": {}, "not run": []}
-        self._end_s = time.monotonic() + args.limit_s
+        self._end_s: float = time.monotonic() + args.limit_s
 
     @property
     def left_s(self) -> float:

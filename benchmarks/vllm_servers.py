@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib import import_module
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -272,10 +273,10 @@ class _Exchange:
 async def open_target(urls: Sequence[str], mode: VLLMMode, path: str) -> AsyncIterator[VLLMTarget]:
     """`path` is where aiohttp is looked for if it isn't installed: vLLM brings it along."""
     try:
-        import aiohttp
+        aiohttp: Any = import_module("aiohttp")
     except ImportError:
         sys.path.append(path)
-        import aiohttp
+        aiohttp = import_module("aiohttp")
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)  # uvicorn closes idle ones after 5 s
     timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout, read_bufsize=1 << 20) as session:
