@@ -42,7 +42,7 @@ def print_ratios(systems: Mapping[str, Any]) -> None:
     for kind, names in (("idle", list(IDLE_NAMES)), ("load", load_names)):
         for cell, figures in ours[kind].items():
             theirs = {other: systems[other][kind].get(cell, {}) for other in others}
-            columns = "".join(f"{other:>17}  ratio" for other in others)
+            columns = "".join(f"{other:>17}    ratio" for other in others)
             print(f"\n{f'{cell}, {kind}':18}{'kvrelay':>12}{columns}")
             for name in [*names, "failed"]:
                 print(_ratio_line(name, figures, theirs))
@@ -52,7 +52,7 @@ def _ratio_line(name: str, ours: Figures, theirs: Mapping[str, Figures]) -> str:
     line = f"{name:18}{_number(name, ours.get(name)):>12}"
     for figures in theirs.values():
         value = figures.get(name)
-        line += f"{_number(name, value):>17}{_ratio(value, ours.get(name)):>7}"
+        line += f"{_number(name, value):>17}{_ratio(value, ours.get(name)):>9}"
     return line
 
 
