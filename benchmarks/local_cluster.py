@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 START_TIMEOUT_S = 180.0
+
+
+class StartFailed(SystemExit):
+    """A service did not start; ends the program with the log's end, unless it is caught."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +30,21 @@ class LocalService:
 
 
 @contextmanager
-def running_service(role: str, args: Sequence[str]) -> Iterator[LocalService]:
-    """`kvrelay <role> <args>` until the block ends."""
+def running_service(
+    role: str, args: Sequence[str], *, env: Mapping[str, str] | None = None, log_folder: Path | None = None
+) -> Iterator[LocalService]:
+    """`kvrelay <role> <args>` until the block ends, its log in ``log_folder/role.log`` if that is wanted.
+
+    Raises:
+        StartFailed: it ended, or was not ready within `START_TIMEOUT_S`.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        ready_file, log_file = Path(folder) / "ready.json", Path(folder) / "log"
+        ready_file, log_file = Path(folder) / "ready.json", (log_folder or Path(folder)) / f"{role}.log"
         command = [sys.executable, "-m", "kvrelay.cli", role, *args, "--ready-file", str(ready_file)]
         with log_file.open("wb") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+            process = subprocess.Popen(
+                command, env={**os.environ, **(env or {})}, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+            )
         try:
             wait_for_file(ready_file, process, log_file)
             yield LocalService(role, process.pid, json.loads(ready_file.read_text()))
@@ -45,11 +58,11 @@ def running_service(role: str, args: Sequence[str]) -> Iterator[LocalService]:
 
 
 def wait_for_file(path: Path, process: subprocess.Popen[bytes], log_file: Path) -> None:
-    """Until `path` exists; ends the program with the log's end if the process dies before."""
+    """Until `path` exists; `StartFailed` if the process dies before."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while not path.exists():
         if process.poll() is not None or time.monotonic() > deadline:
-            sys.exit(f"a service did not start:\n{log_file.read_text(errors='replace')[-2000:]}")
+            raise StartFailed(f"a service did not start:\n{log_file.read_text(errors='replace')[-2000:]}")
         time.sleep(0.02)
 
 
