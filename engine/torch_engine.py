@@ -63,7 +63,14 @@ class TorchEngine(PagedEngine):
         digest = "random" if config.random_weights else model_digest(folder)
         info = _engine_info(model_config, config, layout, max_model_len, name, digest)
         limits = SchedulerLimits(config.max_num_seqs, config.max_num_batched_tokens, config.max_waiting)
-        super().__init__(info, executor, limits, spread_blocks=True, layers_per_group=config.layers_per_group)
+        super().__init__(
+            info,
+            executor,
+            limits,
+            spread_blocks=True,
+            layers_per_group=config.layers_per_group,
+            itl_promise_ms=config.itl_promise_ms,
+        )
 
 
 def _open_device(config: EngineConfig, max_model_len: int) -> Device:
