@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Final, NamedTuple, Protocol, runtime_checkable
 
 from kvrelay.core.kv import KVStore
@@ -126,13 +125,11 @@ class PagedEngine:
         self._info = info
         self._executor = executor
         pool = BlockPool(info.num_blocks, spread=spread_blocks)
-        self._step_cost = StepCost()
         self._read_clock = read_clock
-        max_prefill_tokens = None
+        self._step_cost: StepCost | None = None
         if itl_promise_ms is not None:
-            within_s = PROMISE_SHARE * itl_promise_ms / 1e3
-            max_prefill_tokens = partial(self._step_cost.max_prefill_tokens, within_s=within_s)
-        self._scheduler = Scheduler(info, pool, limits, executor.prepare, max_prefill_tokens)
+            self._step_cost = StepCost(PROMISE_SHARE * itl_promise_ms / 1e3)
+        self._scheduler = Scheduler(info, pool, limits, executor.prepare, self._step_cost)
         self._layers_per_group = layers_per_group
         self._listener: KVReadyListener | None = None
         self._failures: list[SequenceFailure] = []
@@ -199,7 +196,7 @@ class PagedEngine:
                 layer_done = progress.layer_done
         drawn = self._executor.execute(plan.chunks, layer_done) if plan.chunks else ()
         output = self._commit(plan.chunks, drawn)
-        if plan.shape is not None:
+        if self._step_cost is not None and plan.shape is not None:
             self._step_cost.observe(plan.shape, self._read_clock() - began_s)
         return output
 

@@ -28,12 +28,9 @@ from kvrelay.core.request import FinishReason, TokenRequest, check_fits_model
 from kvrelay.engine.block_pool import BlockPool
 from kvrelay.engine.interface import EngineInfo, EngineLoad, Reservation, SequenceKey
 from kvrelay.engine.sequence import Chunk, LiveSequence, Purpose, Stage
-from kvrelay.engine.step_cost import StepShape
+from kvrelay.engine.step_cost import StepCost, StepShape
 
 Prepare = Callable[[TokenRequest], object]
-
-MaxPrefillTokens = Callable[[StepShape, int], int]
-"""How many tokens of a prompt, from that position, may join a step of that shape."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +79,8 @@ class StepPlan:
 class Scheduler:
     """The live sequences of one engine. See the module's text.
 
-    `prepare` gives a new sequence's `executor_state`, and may refuse its request. `max_prefill_tokens` is
-    asked in steps that decode; None: they prefill as much as others.
+    `prepare` gives a new sequence's `executor_state`, and may refuse its request. `step_cost` limits
+    what steps that decode prefill; None: they prefill as much as others.
     """
 
     def __init__(
@@ -92,10 +89,10 @@ class Scheduler:
         pool: BlockPool,
         limits: SchedulerLimits,
         prepare: Prepare,
-        max_prefill_tokens: MaxPrefillTokens | None = None,
+        step_cost: StepCost | None = None,
     ) -> None:
         self._prepare = prepare
-        self._max_prefill_tokens = max_prefill_tokens
+        self._step_cost = step_cost
         self._info = info
         self._pool = pool
         self._limits = limits
@@ -365,10 +362,10 @@ class Scheduler:
     def _num_prefill_tokens(self, plan: StepPlan, start: int, num_left: int) -> int:
         """How much of a prefill that stands at `start` the step takes: 0 where it has no room."""
         num_room = self._limits.max_num_batched_tokens - plan.num_tokens
-        if self._max_prefill_tokens is None or not plan.measured().num_decode_rows:
+        if self._step_cost is None or not plan.measured().num_decode_rows:
             return min(num_left, num_room)
         shape, block_size = plan.measured(), self._info.block_size
-        num_allowed = self._max_prefill_tokens(shape, start)
+        num_allowed = self._step_cost.max_prefill_tokens(shape, start)
         is_first = not shape.num_prefill_tokens
         if is_first:
             num_allowed = max(num_allowed, block_size - start % block_size)

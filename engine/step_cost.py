@@ -28,12 +28,15 @@ _REMEMBERED: Final = 0.98
 _DRIFT_GAIN: Final = 0.2
 _DRIFT_RANGE: Final = (0.5, 2.0)
 _DOUBT: Final = 0.005
+_DOUBT_WHEN_STUCK: Final = 0.03
 """Share by which a prefill token's and key's cost shrinks where steps of one size can't tell it from the
-base's. Chunks then grow until they do tell; without it they could stay at one size, be it ever so small."""
+base's; more where that seems to be so. Chunks then grow until they do tell. Without it they could stay at
+one size, be it ever so small."""
+_STUCK_BELOW: Final = 0.9
 _NUM_SWEEPS: Final = 3
 _SHORTEST_STEP_S: Final = 1e-6
-_SHRINK: Final = (1.0 + _DOUBT, 1.0 + _DOUBT, 1.0, 1.0, 1.0)
-_NUM_FEATURES: Final = len(_SHRINK)
+_NUM_FEATURES: Final = 5
+_NUM_DOUBTED: Final = 2
 _FEATURES: Final = range(_NUM_FEATURES)
 
 
@@ -65,9 +68,10 @@ class StepShape:
 
 
 class StepCost:
-    """The fit. See the module's text; `observe` and `max_prefill_tokens` take a few microseconds each."""
+    """The fit, and what it allows a step that has to end `within_s`. See the module's text."""
 
-    def __init__(self) -> None:
+    def __init__(self, within_s: float) -> None:
+        self._within_s = within_s
         # The order is that of the coordinate descent: what can explain a time first, does so. Before there
         # is enough data a chunk is thus thought to cost in proportion to its tokens, the base nothing, which
         # errs on the safe side.
@@ -86,14 +90,14 @@ class StepCost:
         """Seconds that a step will take; 0.0 before anything was measured."""
         return self._drift * self._fitted_s(_features(shape))
 
-    def max_prefill_tokens(self, shape: StepShape, start: int, within_s: float) -> int:
-        """How many tokens of a prompt, from `start`, may join `shape` so that the step stays `within_s`.
+    def max_prefill_tokens(self, shape: StepShape, start: int) -> int:
+        """How many tokens of a prompt, from `start`, may join `shape` so that the step ends in time.
 
         May be none, and never makes a step more than twice as large as the largest one measured.
         """
         most = int(max(self._most_tokens, FIRST_CHUNK_TOKENS)) - shape.num_prefill_tokens
         token_s, key_s = self._coefficients_s[:2]
-        left_s = within_s / self._drift - self._fitted_s(_features(shape))
+        left_s = self._within_s / self._drift - self._fitted_s(_features(shape))
         if most <= 0 or left_s <= 0.0:
             return 0
         # key_s / 2 * n^2 + next_token_s * n = left_s, solved in the form that allows key_s = 0.
@@ -113,9 +117,17 @@ class StepCost:
             ratio = min(high, max(low, step_s / fitted_s))
             self._drift += _DRIFT_GAIN * (ratio - self._drift)
         self._remember([feature / step_s for feature in features])
+        doubt = _DOUBT_WHEN_STUCK if self._seems_stuck(features, step_s) else _DOUBT
         for _ in range(_NUM_SWEEPS):
-            self._descend()
+            self._descend(doubt)
         self._most_tokens = max(_REMEMBERED * self._most_tokens, 2.0 * shape.num_prefill_tokens)
+
+    def _seems_stuck(self, features: tuple[float, ...], step_s: float) -> bool:
+        """Whether a step left time that, by the fit, could not have taken as much prefill again."""
+        if step_s > _STUCK_BELOW * self._within_s:
+            return False
+        num_tokens, num_keys, *others = features
+        return self._drift * self._fitted_s((2 * num_tokens, 2 * num_keys, *others)) > self._within_s
 
     def _fitted_s(self, features: tuple[float, ...]) -> float:
         return sum(map(float.__mul__, self._coefficients_s, features))
@@ -127,14 +139,14 @@ class StepCost:
             for column, other in enumerate(scaled):
                 row[column] = _REMEMBERED * row[column] + value * other
 
-    def _descend(self) -> None:
+    def _descend(self, doubt: float) -> None:
         """One sweep of coordinate descent, which meets the bound at zero exactly."""
         coefficients_s = self._coefficients_s
         for index, row in enumerate(self._products):
             if row[index] > 0.0:
                 rest = self._sums[index] - sum(map(float.__mul__, row, coefficients_s))
                 best_s = coefficients_s[index] + rest / row[index]
-                coefficients_s[index] = max(0.0, best_s / _SHRINK[index])
+                coefficients_s[index] = max(0.0, best_s / (1.0 + doubt if index < _NUM_DOUBTED else 1.0))
 
 
 def _features(shape: StepShape) -> tuple[float, ...]:
