@@ -158,7 +158,7 @@ def free_memory(device: str) -> None:
 
 
 def print_row(row: Row) -> None:
-    cells = "".join(f"{share:>10.1%}" for share in row.within.values())
+    cells = "".join(f"{share:>12.1%}" for share in row.within.values())
     print(
         f"{row.setting:16}{row.num_steps:>7}{row.itl_p50_ms:>10.1f}{row.itl_p99_ms:>10.1f}"
         f"{row.prefill_tok_s:>12.0f}{cells}",
@@ -211,7 +211,7 @@ def main() -> None:
         folder = model_folder(args, Path(name))
         if not args.json:
             print(f"{args.streams} streams on {args.device}, prompts of {args.prompt_tokens} tokens")
-            within = "".join(f"{f'<= {promise_ms:g} ms':>10}" for promise_ms in args.promises_ms)
+            within = "".join(f"{f'<= {promise_ms:g} ms':>12}" for promise_ms in args.promises_ms)
             print(f"{'':16}{'steps':>7}{'ITL p50':>10}{'p99 ms':>10}{'prefill/s':>12}{within}")
         for setting, budget, promise_ms in settings:
             rows.append(
