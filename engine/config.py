@@ -62,6 +62,9 @@ class EngineConfig:
     `random_weights` the folder needs no weights: they are drawn, for measuring the speed of a shape.
     `tensor_parallel_size` GPUs of this host (`device` and those after it), each in a process of its own,
     share the model's heads and the KV pool; on the CPU so many processes do, mostly for trying it out.
+    A step computes at most `max_num_batched_tokens`; one that decodes prefills only as much as lets it end
+    within `itl_promise_ms`, by what steps have taken so far (and one KV block where not even that fits).
+    None: as much as others.
     `max_model_len` None: the model's own, or the KV pool's if that is smaller. `num_threads` None: as
     many as torch takes by itself. `layers_per_group` None: layers are grouped so that one group's KV of a
     chunk is at least 1 MiB. `tokenizer` is a folder with what clients turn text into tokens with: the
@@ -84,6 +87,7 @@ class EngineConfig:
     block_size: int = 16
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
+    itl_promise_ms: float | None = None
     max_model_len: int | None = None
     max_waiting: int = 256
     num_threads: int | None = None
@@ -111,6 +115,9 @@ class EngineConfig:
             )
             if value is not None and not (type(value) is int and low <= value <= high)
         ]
+        promise_ms = self.itl_promise_ms
+        if promise_ms is not None and not (type(promise_ms) in (int, float) and 0 < promise_ms <= 60_000):
+            faults.append(f"itl_promise_ms must be above 0 and at most 60000, got {promise_ms!r}")
         if self.engine not in tuple(EngineKind):
             faults.append(f"engine must be one of {', '.join(EngineKind)}, got {self.engine!r}")
         if self.dtype not in ("float32", "bfloat16"):

@@ -6,9 +6,10 @@ simulated one differ in their `Executor` alone.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Final, NamedTuple, Protocol, runtime_checkable
 
 from kvrelay.core.kv import KVStore
 from kvrelay.core.request import TokenLogprobs, TokenRequest
@@ -26,6 +27,12 @@ from kvrelay.engine.interface import (
 from kvrelay.engine.kv_progress import KVProgress, announce_prefix_hit
 from kvrelay.engine.scheduler import Scheduler, SchedulerLimits
 from kvrelay.engine.sequence import Chunk, LiveSequence, Purpose
+from kvrelay.engine.step_cost import StepCost
+
+ReadClock = Callable[[], float]
+"""Seconds since an arbitrary origin."""
+PROMISE_SHARE: Final = 0.9
+"""Of the promised inter-token latency a step aims at this share: steps of one shape vary."""
 
 
 class DrawnToken(NamedTuple):
@@ -102,7 +109,11 @@ class AheadExecutor(Executor, Protocol):
 
 
 class PagedEngine:
-    """See `kvrelay.engine.interface.Engine`, which it implements."""
+    """See `kvrelay.engine.interface.Engine`, which it implements.
+
+    With `itl_promise_ms` it measures the steps that decode and prefill, by `read_clock`, and lets them
+    prefill only what keeps them within the promise.
+    """
 
     def __init__(
         self,
@@ -112,11 +123,17 @@ class PagedEngine:
         *,
         spread_blocks: bool = False,
         layers_per_group: int | None = None,
+        itl_promise_ms: float | None = None,
+        read_clock: ReadClock = time.perf_counter,
     ) -> None:
         self._info = info
         self._executor = executor
         pool = BlockPool(info.num_blocks, spread=spread_blocks)
-        self._scheduler = Scheduler(info, pool, limits, executor.prepare)
+        self._read_clock = read_clock
+        self._step_cost: StepCost | None = None
+        if itl_promise_ms is not None:
+            self._step_cost = StepCost(PROMISE_SHARE * itl_promise_ms / 1e3)
+        self._scheduler = Scheduler(info, pool, limits, executor.prepare, self._step_cost)
         self._layers_per_group = layers_per_group
         self._listener: KVReadyListener | None = None
         self._failures: list[SequenceFailure] = []
@@ -164,6 +181,7 @@ class PagedEngine:
         launched, self._ahead = self._ahead, None
         if launched is not None:
             return self._finish(launched)
+        began_s = self._read_clock()
         plan = self._scheduler.schedule()
         if (
             self._ahead_executor is not None
@@ -181,7 +199,10 @@ class PagedEngine:
                 progress = KVProgress(plan.chunks, self.kv.layout, listener, self._layers_per_group)
                 layer_done = progress.layer_done
         drawn = self._executor.execute(plan.chunks, layer_done) if plan.chunks else ()
-        return self._commit(plan.chunks, drawn)
+        output = self._commit(plan.chunks, drawn)
+        if self._step_cost is not None and plan.shape is not None:
+            self._step_cost.observe(plan.shape, self._read_clock() - began_s)
+        return output
 
     def _finish(self, launched: Launched) -> StepOutput:
         """Begin the step after `launched` if it can be told already, then wait for this one."""

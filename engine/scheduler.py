@@ -1,11 +1,14 @@
 """What runs next: continuous batching over the block pool.
 
 Each step takes every running decode first, then continues running prefills, then admits waiting
-sequences first come first served, under a budget of tokens. A sequence gets the blocks of all its known
-tokens when it is admitted; only decode grows. When a decode finds no block, the latest arrival that may
-be interrupted gives up its blocks and waits at the front of the queue; it is recomputed from its tokens,
-which its own cached blocks make cheap. Prefill-only and reserved sequences are never interrupted: their
-KV is being read or written by a transfer.
+sequences first come first served, under a budget of tokens. Where the engine promises an inter-token
+latency, a step that decodes takes less prefill: what its cost (`StepCost`) allows, up to a block boundary,
+but to the end of one block at the least, so that no prefill starves.
+
+A sequence gets the blocks of all its known tokens when it is admitted; only decode grows. When a decode
+finds no block, the latest arrival that may be interrupted gives up its blocks and waits at the front of the
+queue; it is recomputed from its tokens, which its own cached blocks make cheap. Prefill-only and reserved
+sequences are never interrupted: their KV is being read or written by a transfer.
 
 Pure: no torch, no clock, no I/O. Source: vLLM's continuous batching and chunked prefill, for the policy.
 """
@@ -25,6 +28,7 @@ from kvrelay.core.request import FinishReason, TokenRequest, check_fits_model
 from kvrelay.engine.block_pool import BlockPool
 from kvrelay.engine.interface import EngineInfo, EngineLoad, Reservation, SequenceKey
 from kvrelay.engine.sequence import Chunk, LiveSequence, Purpose, Stage
+from kvrelay.engine.step_cost import StepCost, StepShape
 
 Prepare = Callable[[TokenRequest], object]
 
@@ -44,11 +48,15 @@ class SchedulerLimits:
 
 @dataclass(slots=True)
 class StepPlan:
-    """What to compute now. `admitted` started in this step; their prefix-cache hits are usable already."""
+    """What to compute now. `admitted` started in this step; their prefix-cache hits are usable already.
+
+    `shape` is None until `measured` is called.
+    """
 
     chunks: list[Chunk] = field(default_factory=list)
     admitted: list[LiveSequence] = field(default_factory=list)
     num_tokens: int = 0
+    shape: StepShape | None = None
 
     def add(self, sequence: LiveSequence, num_tokens: int) -> None:
         start = sequence.num_computed_tokens
@@ -56,16 +64,35 @@ class StepPlan:
         is_prefill = start < sequence.prefill_end_tokens
         self.chunks.append(Chunk(sequence, start, num_tokens, samples, is_prefill))
         self.num_tokens += num_tokens
+        if self.shape is not None:
+            self.shape.add(start, num_tokens, is_prefill=is_prefill)
+
+    def measured(self) -> StepShape:
+        """The step's shape so far, which is kept up to date from now on."""
+        if self.shape is None:
+            self.shape = StepShape()
+            for chunk in self.chunks:
+                self.shape.add(chunk.start, chunk.num_tokens, is_prefill=chunk.is_prefill)
+        return self.shape
 
 
 class Scheduler:
     """The live sequences of one engine. See the module's text.
 
-    `prepare` gives a new sequence's `executor_state`, and may refuse its request.
+    `prepare` gives a new sequence's `executor_state`, and may refuse its request. `step_cost` limits
+    what steps that decode prefill; None: they prefill as much as others.
     """
 
-    def __init__(self, info: EngineInfo, pool: BlockPool, limits: SchedulerLimits, prepare: Prepare) -> None:
+    def __init__(
+        self,
+        info: EngineInfo,
+        pool: BlockPool,
+        limits: SchedulerLimits,
+        prepare: Prepare,
+        step_cost: StepCost | None = None,
+    ) -> None:
         self._prepare = prepare
+        self._step_cost = step_cost
         self._info = info
         self._pool = pool
         self._limits = limits
@@ -157,9 +184,8 @@ class Scheduler:
             if len(sequence.token_ids) - sequence.num_computed_tokens == 1 and self._grow(sequence):
                 plan.add(sequence, 1)
         for sequence in self._running:
-            num_left = len(sequence.token_ids) - sequence.num_computed_tokens
-            if num_left > 1 and plan.num_tokens < self._limits.max_num_batched_tokens:
-                plan.add(sequence, min(num_left, self._limits.max_num_batched_tokens - plan.num_tokens))
+            if len(sequence.token_ids) - sequence.num_computed_tokens > 1:
+                self._add_prefill(plan, sequence)
         self._admit_waiting(plan)
         return plan
 
@@ -315,7 +341,7 @@ class Scheduler:
         return True
 
     def _admit_waiting(self, plan: StepPlan) -> None:
-        while self._waiting and plan.num_tokens < self._limits.max_num_batched_tokens:
+        while self._waiting and self._num_prefill_tokens(plan, start=0, num_left=self._info.block_size):
             sequence = self._waiting[0]
             if len(self._running) + self._num_reserved >= self._limits.max_num_seqs:
                 return
@@ -325,8 +351,31 @@ class Scheduler:
             sequence.prefill_end_tokens = len(sequence.token_ids)
             self._run(sequence)
             plan.admitted.append(sequence)
-            num_left = len(sequence.token_ids) - sequence.num_computed_tokens
-            plan.add(sequence, min(num_left, self._limits.max_num_batched_tokens - plan.num_tokens))
+            self._add_prefill(plan, sequence)
+
+    def _add_prefill(self, plan: StepPlan, sequence: LiveSequence) -> None:
+        start = sequence.num_computed_tokens
+        num_tokens = self._num_prefill_tokens(plan, start, len(sequence.token_ids) - start)
+        if num_tokens:
+            plan.add(sequence, num_tokens)
+
+    def _num_prefill_tokens(self, plan: StepPlan, start: int, num_left: int) -> int:
+        """How much of a prefill that stands at `start` the step takes: 0 where it has no room."""
+        num_room = self._limits.max_num_batched_tokens - plan.num_tokens
+        if self._step_cost is None or not plan.measured().num_decode_rows:
+            return min(num_left, num_room)
+        shape, block_size = plan.measured(), self._info.block_size
+        num_allowed = self._step_cost.max_prefill_tokens(shape, start)
+        is_first = not shape.num_prefill_tokens
+        if is_first:
+            num_allowed = max(num_allowed, block_size - start % block_size)
+        num_allowed = min(num_allowed, num_room)
+        if num_left <= num_allowed:
+            return num_left
+        num_to_boundary = num_allowed - (start + num_allowed) % block_size
+        if num_to_boundary > 0:
+            return num_to_boundary
+        return num_allowed if is_first else 0
 
     def _grow(self, sequence: LiveSequence) -> bool:
         """Make room for one more token. False: the sequence itself was interrupted."""

@@ -53,6 +53,7 @@ class TorchEngine(PagedEngine):
             limits,
             spread_blocks=True,
             layers_per_group=config.layers_per_group,
+            itl_promise_ms=config.itl_promise_ms,
         )
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from kvrelay.core.errors import ConfigError
 from kvrelay.core.kv import KVFingerprint, KVLayout
 from kvrelay.engine.config import EngineConfig
 from kvrelay.engine.interface import EngineInfo
-from kvrelay.engine.paged_engine import PagedEngine
+from kvrelay.engine.paged_engine import PagedEngine, ReadClock
 from kvrelay.engine.scheduler import SchedulerLimits
 from kvrelay.engine.sim.executor import SimExecutor, Sleep
 
@@ -22,9 +22,14 @@ TOKEN_BYTES: Final = NUM_LAYERS * 16
 
 
 class SimEngine(PagedEngine):
-    """The `sim` engine: `sleep` is called, in the engine's thread, for the time that each step would take."""
+    """The `sim` engine: `sleep` is called, in the engine's thread, for the time that each step would take.
 
-    def __init__(self, config: EngineConfig, *, sleep: Sleep = time.sleep) -> None:
+    `read_clock` tells the time that `sleep` passes.
+    """
+
+    def __init__(
+        self, config: EngineConfig, *, sleep: Sleep = time.sleep, read_clock: ReadClock = time.perf_counter
+    ) -> None:
         num_blocks = config.num_blocks or max(2, config.kv_bytes // (TOKEN_BYTES * config.block_size))
         max_model_len = min(config.max_model_len or DEFAULT_MAX_MODEL_LEN, num_blocks * config.block_size)
         layout = KVLayout(NUM_LAYERS, num_blocks, config.block_size, 1, 8, "uint8", 1)
@@ -49,7 +54,14 @@ class SimEngine(PagedEngine):
             eos_token_ids=(0,),
         )
         limits = SchedulerLimits(config.max_num_seqs, config.max_num_batched_tokens, config.max_waiting)
-        super().__init__(info, executor, limits, layers_per_group=config.layers_per_group or NUM_LAYERS // 2)
+        super().__init__(
+            info,
+            executor,
+            limits,
+            layers_per_group=config.layers_per_group or NUM_LAYERS // 2,
+            itl_promise_ms=config.itl_promise_ms,
+            read_clock=read_clock,
+        )
 
 
 def _tokenizer_vocab_size(folder: str) -> int:

@@ -22,6 +22,7 @@ NODE = ("engine", "transfer", "node")
         (["--router-id", "7"], ROUTER, "router.router_id", "7"),
         (["--sim-prefill-base-s=0.05"], NODE, "engine.sim.prefill_base_s", 0.05),
         (["--max-num-batched-tokens=16"], NODE, "engine.max_num_batched_tokens", 16),
+        (["--itl-promise-ms=22.5"], NODE, "engine.itl_promise_ms", 22.5),
         (["--transfer-connect-timeout-s", "2"], NODE, "transfer.connect_timeout_s", 2),
         (["--node.connect-timeout-s", "2"], NODE, "node.connect_timeout_s", 2),
         (["--verify-checksums"], NODE, "transfer.verify_checksums", True),

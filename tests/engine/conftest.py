@@ -96,9 +96,23 @@ SMALL: dict[str, object] = {
 }
 
 
+class VirtualTime:
+    """Passes when an engine sleeps."""
+
+    now_s = 0.0
+
+    def sleep(self, step_s: float) -> None:
+        self.now_s += step_s
+
+    def read(self) -> float:
+        return self.now_s
+
+
 def build_sim_engine(**changes: object) -> PagedEngine:
+    time = VirtualTime()
     settings = {"model": "m", "sim_vocab_size": 211, "sim_timing": INSTANT, **SMALL, **changes}
-    return SimEngine(EngineConfig(engine=EngineKind.SIM, **settings), sleep=lambda _: None)  # type: ignore[arg-type]
+    config = EngineConfig(engine=EngineKind.SIM, **settings)  # type: ignore[arg-type]
+    return SimEngine(config, sleep=time.sleep, read_clock=time.read)
 
 
 @pytest.fixture

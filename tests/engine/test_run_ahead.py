@@ -7,6 +7,7 @@ from random import Random
 import pytest
 
 from kvrelay.core.errors import Overloaded
+from kvrelay.engine.sim.timing import SimTiming
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -26,7 +27,14 @@ def test_random_traffic_gives_the_tokens_of_an_engine_that_waits(
         for _ in range(60)
     ]
     expected = [drive(build_sim()).generate(request)[0] for request in requests]
-    driver = drive(build_ahead(num_blocks=random.randint(24, 90), max_num_seqs=random.randint(1, 8)))
+    driver = drive(
+        build_ahead(
+            num_blocks=random.randint(24, 90),
+            max_num_seqs=random.randint(1, 8),
+            sim_timing=SimTiming(),
+            itl_promise_ms=random.choice([None, 7.5, 0.001]),
+        )
+    )
     waiting, released = list(enumerate(requests)), set()
     while waiting or driver.engine.has_work():
         while waiting and random.random() < 0.3:

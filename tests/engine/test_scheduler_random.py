@@ -7,10 +7,17 @@ from random import Random
 import pytest
 
 from kvrelay.core.errors import Overloaded
+from kvrelay.engine.sim.timing import SimTiming
+
+PROMISES_MS = (None, 7.5, 0.001)
+"""None, one that a step with a part of the budget keeps, and one that no step keeps."""
 
 
+@pytest.mark.parametrize("itl_promise_ms", PROMISES_MS)
 @pytest.mark.parametrize("seed", range(12))
-def test_random_traffic_ends_with_the_tokens_of_an_idle_engine(build_sim, drive, request_of, prompt_of, seed):
+def test_random_traffic_ends_with_the_tokens_of_an_idle_engine(
+    build_sim, drive, request_of, prompt_of, seed, itl_promise_ms
+):
     random = Random(seed)
     requests = [
         request_of(
@@ -22,7 +29,14 @@ def test_random_traffic_ends_with_the_tokens_of_an_idle_engine(build_sim, drive,
         for _ in range(60)
     ]
     expected = [drive(build_sim()).generate(request)[0] for request in requests]
-    driver = drive(build_sim(num_blocks=random.randint(24, 60), max_num_seqs=random.randint(1, 8)))
+    driver = drive(
+        build_sim(
+            num_blocks=random.randint(24, 60),
+            max_num_seqs=random.randint(1, 8),
+            sim_timing=SimTiming(),
+            itl_promise_ms=itl_promise_ms,
+        )
+    )
     waiting, released = list(enumerate(requests)), set()
     while waiting or driver.engine.has_work():
         while waiting and random.random() < 0.6:
@@ -44,12 +58,14 @@ def test_random_traffic_ends_with_the_tokens_of_an_idle_engine(build_sim, drive,
     assert driver.engine.load().num_held_blocks == 0
 
 
+@pytest.mark.parametrize("itl_promise_ms", PROMISES_MS)
 @pytest.mark.parametrize("seed", range(6))
 def test_random_handoffs_between_two_small_nodes_leak_nothing(
-    build_sim, drive, request_of, prompt_of, move_kv, seed
+    build_sim, drive, request_of, prompt_of, move_kv, seed, itl_promise_ms
 ):
     random = Random(seed)
-    source, target = drive(build_sim(num_blocks=40)), drive(build_sim(num_blocks=40, block_size=5))
+    settings = {"num_blocks": 40, "sim_timing": SimTiming(), "itl_promise_ms": itl_promise_ms}
+    source, target = drive(build_sim(**settings)), drive(build_sim(block_size=5, **settings))
     arriving: list[int] = []
     requests = {}
     for index in range(120):
