@@ -86,19 +86,19 @@ class CpuDevice:
 
     def __init__(self) -> None:
         self._openmp = _openmp()
-        self._packs = bool(torch._C._has_mkldnn) and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        self._packs = {dtype: _packs(dtype) for dtype in TORCH_DTYPES.values()}
 
     def constant(self, tensor: Tensor) -> Tensor:
         return tensor
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        return PackedLinear(weight, bias) if self._packs else PlainLinear(weight, bias)
+        return PackedLinear(weight, bias) if self._packs[weight.dtype] else PlainLinear(weight, bias)
 
     def embedding(self, weight: Tensor) -> Embedding:
         return PlainEmbedding(weight)
 
     def tied_embedding(self, weight: Tensor) -> tuple[Embedding, Linear]:
-        if self._packs:
+        if self._packs[weight.dtype]:
             linear = PackedLinear(weight)
             embedding = PackedEmbedding.try_build(linear, weight)
             if embedding is not None:
@@ -146,6 +146,18 @@ class CpuDevice:
 
     def executor(self, runner: ModelRunner, graphs: DecodeGraphs | None) -> Executor:
         return runner
+
+
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN packs weights of this type here; for bfloat16 not every CPU will do."""
+    if not torch._C._has_mkldnn or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        return False
+    try:
+        PackedLinear(torch.zeros((1, 1), dtype=dtype))
+    except RuntimeError as error:
+        logger.info("weights of %s are not packed, so decoding is slower: %s", dtype, error)
+        return False
+    return True
 
 
 def _openmp() -> OpenMP | None:

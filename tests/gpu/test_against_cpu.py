@@ -92,7 +92,7 @@ def record_layers(engine: TorchEngine) -> list[Tensor]:
     """Where each layer's hidden state and then the logits go, step by step; graphs, captured already, are not
     seen."""
     executor: Any = engine._executor
-    model = getattr(executor, "_eager", executor)._model
+    model = getattr(executor, "_eager", executor)._forward_pass._model
     weights, seen = model._weights, list[Tensor]()
     layers = [replace(layer, down=RecordingLinear(layer.down, seen)) for layer in weights.layers]
     model._weights = replace(weights, layers=layers, output=RecordingLinear(weights.output, seen))
