@@ -152,9 +152,10 @@ def record_frames(timeline: Timeline) -> None:
     """From now on, every control frame that this process sends or reads is an event."""
     send, feed = Connection.send, FrameReader.feed
 
-    def recorded_send(connection: Connection, frame: Frame) -> None:
-        timeline.add(f"-> {type(frame).__name__}")
-        send(connection, frame)
+    def recorded_send(connection: Connection, *frames: Frame) -> None:
+        for frame in frames:
+            timeline.add(f"-> {type(frame).__name__}")
+        send(connection, *frames)
 
     def recorded_feed(reader: FrameReader, received: bytes) -> list[Frame]:
         frames = feed(reader, received)

@@ -51,11 +51,12 @@ class Connection:
         self.last_received_s = clock()
         self._watch()
 
-    def send(self, frame: Frame) -> None:
-        """Send, or keep what the socket does not take now; does nothing once closed."""
+    def send(self, *frames: Frame) -> None:
+        """Send, at once, or keep what the socket does not take now; does nothing once closed."""
         if self._is_closed:
             return
-        self._unsent += frame_bytes(frame)
+        for frame in frames:
+            self._unsent += frame_bytes(frame)
         if len(self._unsent) > _MAX_UNSENT_BYTES:
             self._lose(TransferFailed("the peer does not read its control connection"))
             return

@@ -118,6 +118,7 @@ class Reactor:
                 return False
             self._inbox.append(command)
         if not self._is_awake:
+            self._is_awake = True  # as good as: one byte is enough to wake it
             self._wake()
         return True
 

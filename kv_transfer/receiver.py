@@ -275,11 +275,11 @@ class Receiver:
         effects = session.handle(event, self._node.clock())
         if session.phase is ReceivePhase.ENDED:
             self._stop_scatters(transfer_id)
+        frames = [effect.frame for effect in effects if isinstance(effect, SendToSender)]
+        if frames and link is not None:
+            link.connection.send(*frames)
         for effect in effects:
             match effect:
-                case SendToSender():
-                    if link is not None:
-                        link.connection.send(effect.frame)
                 case RequestSlots():
                     self._pool.request(transfer_id, effect.num_slots)
                 case ScatterMessage():

@@ -240,11 +240,11 @@ class Sender:
         link = self._link_of.get(transfer_id)
         effects = session.handle(event, self._node.clock())
         stopped = [] if session.is_live else self._stop_gathers(transfer_id)
+        frames = [effect.frame for effect in effects if isinstance(effect, SendToReceiver)]
+        if frames and link is not None:
+            link.connection.send(*frames)
         for effect in effects:
             match effect:
-                case SendToReceiver():
-                    if link is not None:
-                        link.connection.send(effect.frame)
                 case WriteMessage():
                     job = (transfer_id, effect.sequence_number)
                     self._waiting[job] = effect

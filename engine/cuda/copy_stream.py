@@ -94,7 +94,7 @@ class _EventEnd:
     def is_done(self) -> bool:
         if self._event is None:
             return True
-        if not self._event.query():
+        if not self._event.query():  # type: ignore[no-untyped-call]
             return False
         self._give_back(self._event)
         return True
