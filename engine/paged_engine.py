@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from kvrelay.core.kv import KVStore
 from kvrelay.core.request import TokenLogprobs, TokenRequest
 from kvrelay.engine.block_pool import BlockPool
+from kvrelay.engine.host_tier import BlockCopy, HostTier
 from kvrelay.engine.interface import (
     EngineInfo,
     EngineLoad,
@@ -67,6 +68,12 @@ class Executor(Protocol):
         """Compute the chunks' KV and draw the next token of each chunk that `samples`, in their order."""
         ...
 
+    def move_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        """Copy blocks between device and host. The copies take effect in their order, after all that was
+        executed or launched before and before all that follows, a transfer's `kv.gather` of restored blocks
+        and `kv.scatter` into evicted ones included."""
+        ...
+
     def check_received(self, sequence: LiveSequence) -> str | None:
         """What is wrong with the KV that a reserved sequence has received; None: nothing that shows."""
         ...
@@ -108,10 +115,12 @@ class PagedEngine:
         *,
         spread_blocks: bool = False,
         layers_per_group: int | None = None,
+        num_host_blocks: int = 0,
     ) -> None:
         self._info = info
         self._executor = executor
-        pool = BlockPool(info.num_blocks, spread=spread_blocks)
+        host_tier = HostTier(num_host_blocks) if num_host_blocks else None
+        pool = BlockPool(info.num_blocks, spread=spread_blocks, host_tier=host_tier)
         self._scheduler = Scheduler(info, pool, limits, executor.prepare)
         self._layers_per_group = layers_per_group
         self._listener: KVReadyListener | None = None
@@ -137,7 +146,9 @@ class PagedEngine:
         self._scheduler.submit(request, key, Purpose.PREFILL_ONLY)
 
     def reserve(self, request: TokenRequest, key: SequenceKey) -> Reservation:
-        return self._scheduler.reserve(request, key)
+        reservation = self._scheduler.reserve(request, key)
+        self._move_blocks()
+        return reservation
 
     def start_decode(self, key: SequenceKey, first_token_id: int) -> None:
         sequence = self._scheduler.reserved(key)
@@ -161,6 +172,7 @@ class PagedEngine:
         if launched is not None:
             return self._finish(launched)
         plan = self._scheduler.schedule()
+        self._move_blocks()
         if (
             self._ahead_executor is not None
             and not plan.admitted
@@ -183,6 +195,7 @@ class PagedEngine:
         """Begin the step after `launched` if it can be told already, then wait for this one."""
         assert self._ahead_executor is not None
         ahead = self._scheduler.schedule_ahead(launched.chunks)
+        self._move_blocks()
         if self._ahead_executor.can_launch(ahead):
             self._ahead = self._ahead_executor.launch(ahead)
         results = launched.results()
@@ -195,6 +208,11 @@ class PagedEngine:
     def check(self) -> None:
         """Assert every invariant of scheduler and block pool; for tests."""
         self._scheduler.check()
+
+    def _move_blocks(self) -> None:
+        copies = self._scheduler.take_copies()
+        if copies:
+            self._executor.move_blocks(copies)
 
     def _commit(self, chunks: Sequence[Chunk], drawn: Sequence[DrawnToken | DrawFailed]) -> StepOutput:
         outputs: list[SequenceOutput] = []
