@@ -11,8 +11,10 @@ from kvrelay.core.errors import InvalidRequest
 from kvrelay.core.kv import KVStore
 from kvrelay.core.request import TokenRequest
 from kvrelay.engine.attention import Attention, Span
+from kvrelay.engine.block_mover import BlockMover
 from kvrelay.engine.grammar import GrammarCompiler
 from kvrelay.engine.host_kv import slot_runs
+from kvrelay.engine.host_tier import BlockCopy
 from kvrelay.engine.model.transformer import TokenBatch, Transformer
 from kvrelay.engine.paged_engine import DrawFailed, DrawnToken, LayerDone
 from kvrelay.engine.sampler import DrawRequest, draw
@@ -33,6 +35,7 @@ class ModelRunner:
         vocab_size: int,
         eos_token_ids: Sequence[int],
         device: torch.device,
+        mover: BlockMover | None = None,
     ) -> None:
         self._device = device
         self._model = model
@@ -41,6 +44,7 @@ class ModelRunner:
         self._eos_token_ids = eos_token_ids
         self._attention = attention
         self._kv = kv
+        self._mover = mover
         self._block_size = kv.layout.block_size
 
     @property
@@ -68,6 +72,10 @@ class ModelRunner:
     def draw(self, logits: Tensor, chunks: Sequence[Chunk]) -> list[DrawnToken | DrawFailed]:
         """The next token of each chunk, from its row of `logits` ``[len(chunks), vocab_size]``."""
         return draw(logits.float(), [self._draw_request(chunk.sequence) for chunk in chunks])
+
+    def move_blocks(self, copies: Sequence[BlockCopy], *, before_receive: bool) -> None:
+        assert self._mover is not None, "there is no host tier"
+        self._mover.move(copies)
 
     def check_received(self, sequence: LiveSequence) -> str | None:
         return None

@@ -68,10 +68,11 @@ class Executor(Protocol):
         """Compute the chunks' KV and draw the next token of each chunk that `samples`, in their order."""
         ...
 
-    def move_blocks(self, copies: Sequence[BlockCopy]) -> None:
-        """Copy blocks between device and host. The copies take effect in their order, after all that was
-        executed or launched before and before all that follows, a transfer's `kv.gather` of restored blocks
-        and `kv.scatter` into evicted ones included."""
+    def move_blocks(self, copies: Sequence[BlockCopy], *, before_receive: bool) -> None:
+        """Copy blocks between device and host. The copies take effect in their order, after what was executed
+        or launched before them, and before what is executed or launched later; so for each `kv.gather` of
+        what is reported from now on. `before_receive`: a transfer is about to be told of blocks, so that its
+        `kv.scatter` has to come after these copies and all earlier ones too."""
         ...
 
     def check_received(self, sequence: LiveSequence) -> str | None:
@@ -119,6 +120,7 @@ class PagedEngine:
     ) -> None:
         self._info = info
         self._executor = executor
+        self._has_host_tier = num_host_blocks > 0
         host_tier = HostTier(num_host_blocks) if num_host_blocks else None
         pool = BlockPool(info.num_blocks, spread=spread_blocks, host_tier=host_tier)
         self._scheduler = Scheduler(info, pool, limits, executor.prepare)
@@ -147,7 +149,7 @@ class PagedEngine:
 
     def reserve(self, request: TokenRequest, key: SequenceKey) -> Reservation:
         reservation = self._scheduler.reserve(request, key)
-        self._move_blocks()
+        self._move_blocks(before_receive=True)
         return reservation
 
     def start_decode(self, key: SequenceKey, first_token_id: int) -> None:
@@ -209,10 +211,12 @@ class PagedEngine:
         """Assert every invariant of scheduler and block pool; for tests."""
         self._scheduler.check()
 
-    def _move_blocks(self) -> None:
+    def _move_blocks(self, *, before_receive: bool = False) -> None:
+        if not self._has_host_tier:
+            return
         copies = self._scheduler.take_copies()
-        if copies:
-            self._executor.move_blocks(copies)
+        if copies or before_receive:
+            self._executor.move_blocks(copies, before_receive=before_receive)
 
     def _commit(self, chunks: Sequence[Chunk], drawn: Sequence[DrawnToken | DrawFailed]) -> StepOutput:
         outputs: list[SequenceOutput] = []

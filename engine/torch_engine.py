@@ -12,6 +12,7 @@ from kvrelay.core.kv import KVFingerprint, KVLayout
 from kvrelay.engine.config import EngineConfig
 from kvrelay.engine.device import TORCH_DTYPES, CpuDevice, Device
 from kvrelay.engine.grammar import GrammarCompiler
+from kvrelay.engine.host_tier import num_host_blocks
 from kvrelay.engine.interface import EngineInfo
 from kvrelay.engine.model.config import ModelConfig, read_model_config
 from kvrelay.engine.model.loader import load_weights
@@ -39,6 +40,7 @@ class TorchEngine(PagedEngine):
         folder = Path(config.model)
         model_config = read_model_config(folder)
         layout = kv_layout(model_config, config)
+        num_host = num_host_blocks(config.host_kv_bytes, layout.total_bytes // layout.num_blocks)
         max_model_len = _max_model_len(model_config, config, layout)
         name = config.served_name or folder.resolve().name
         device = _open_device(config, max_model_len)
@@ -46,6 +48,7 @@ class TorchEngine(PagedEngine):
             files = _weight_files(folder, config, device, name, on_progress)
             weights = load_weights(files, model_config, device, TORCH_DTYPES[config.dtype], max_model_len)
             cache = device.kv_cache(layout)
+            mover = device.block_mover(cache, num_host) if num_host else None
             attention = device.attention(cache, model_config.num_heads)
             rows = device.rows(cache.dtype, model_config.head_dim, model_config.rms_norm_eps)
         vocab_size, eos_token_ids = model_config.vocab_size, model_config.eos_token_ids
@@ -58,12 +61,20 @@ class TorchEngine(PagedEngine):
             vocab_size=vocab_size,
             eos_token_ids=eos_token_ids,
             device=device.device,
+            mover=mover,
         )
         executor = device.executor(runner, model, attention, vocab_size, config.max_num_seqs)
         digest = "random" if config.random_weights else model_digest(folder)
         info = _engine_info(model_config, config, layout, max_model_len, name, digest)
         limits = SchedulerLimits(config.max_num_seqs, config.max_num_batched_tokens, config.max_waiting)
-        super().__init__(info, executor, limits, spread_blocks=True, layers_per_group=config.layers_per_group)
+        super().__init__(
+            info,
+            executor,
+            limits,
+            spread_blocks=True,
+            layers_per_group=config.layers_per_group,
+            num_host_blocks=num_host,
+        )
 
 
 def _open_device(config: EngineConfig, max_model_len: int) -> Device:

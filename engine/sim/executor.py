@@ -79,7 +79,7 @@ class SimExecutor:
         self._pass_time(self._timing.step_s(chunks), layer_done)
         return [self._draw(chunk.sequence) for chunk in chunks if chunk.samples]
 
-    def move_blocks(self, copies: Sequence[BlockCopy]) -> None:
+    def move_blocks(self, copies: Sequence[BlockCopy], *, before_receive: bool) -> None:
         """Takes no modelled time."""
         for block, slot, to_host in copies:
             if to_host:
