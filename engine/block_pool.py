@@ -30,9 +30,7 @@ class BlockPool:
     costs a scan of the pool for each call of `allocate`; without it blocks come lowest first.
     """
 
-    def __init__(
-        self, num_blocks: int, *, spread: bool = False, host_tier: HostTier | None = None
-    ) -> None:
+    def __init__(self, num_blocks: int, *, spread: bool = False, host_tier: HostTier | None = None) -> None:
         assert num_blocks > 0
         self.num_blocks = num_blocks
         self.host_tier = host_tier

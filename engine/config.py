@@ -59,8 +59,9 @@ class EngineConfig:
     `model` is the path of a Hugging Face folder (torch) or any name (sim); `served_name` what clients
     call it, by default the folder's or model's name. The KV pool has `num_blocks` blocks, or, where that
     is None, as many as `kv_bytes` hold. Blocks that it evicts go to `host_kv_bytes` of host memory (pinned
-    where the device is a GPU) and come back when a prompt has their prefix; 0: they are lost. `device` is ``cpu``, ``cuda`` or ``cuda:N``. With
-    `random_weights` the folder needs no weights: they are drawn, for measuring the speed of a shape.
+    where the device is a GPU) and come back when a prompt has their prefix; 0: they are lost.
+    `device` is ``cpu``, ``cuda`` or ``cuda:N``. With `random_weights` the folder needs no weights: they are
+    drawn, for measuring the speed of a shape.
     `max_model_len` None: the model's own, or the KV pool's if that is smaller. `num_threads` None: as
     many as torch takes by itself. `layers_per_group` None: layers are grouped so that one group's KV of a
     chunk is at least 1 MiB. `tokenizer` is a folder with what clients turn text into tokens with: the

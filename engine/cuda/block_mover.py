@@ -1,9 +1,9 @@
 """KV blocks between GPU memory and pinned host memory, beside the engine's own work.
 
-Blocks that leave are gathered on the engine's stream into a staging buffer, at the speed of HBM, and go to the
-host from there on a stream of their own; blocks that come back arrive in a staging buffer on a third stream
-and are scattered on the engine's. So the engine's stream waits for PCIe only for what it is about to read, or
-when the staging buffers are all full; the host never waits. Both directions run at once.
+Blocks that leave are gathered on the engine's stream into a staging buffer, at the speed of HBM, and go to
+the host from there on a stream of their own; blocks that come back arrive in a staging buffer on a third
+stream and are scattered on the engine's. So the engine's stream waits for PCIe only for what it is about to
+read, or when the staging buffers are all full; the host never waits. Both directions run at once.
 
 A block is contiguous in host memory, ``[num_layers, 2, block_size, num_kv_heads, head_dim]``, and so it is in
 the staging buffers: runs of adjacent slots are one copy.
@@ -32,6 +32,8 @@ NUM_IN_BUFFERS: Final = 4
 
 
 class CopyQueues(NamedTuple):
+    """`engine` is the one that computes; the others carry what crosses PCIe, each in one direction."""
+
     engine: CopyQueue
     to_host: CopyQueue
     to_device: CopyQueue
@@ -93,7 +95,6 @@ class CudaBlockMover:
         self._out = _Ring(NUM_OUT_BUFFERS, shape, self._rows)
         self._in = _Ring(NUM_IN_BUFFERS, shape, self._rows)
         self._filled_by: dict[int, _Staging] = {}
-        self._read_by: dict[int, _Staging] = {}
         self._queues = queues or _queues(cache.device)
 
     @torch.inference_mode()
@@ -108,29 +109,24 @@ class CudaBlockMover:
                 self._copy_in(load)
 
     def _copy_out(self, load: Sequence[BlockCopy]) -> None:
-        """A slot is filled after its last content was read; fills of one slot come in order by themselves."""
+        """A slot is filled after its last content was read: the engine's stream has waited for that."""
         staging = self._out.next()
         gathered = self._queues.engine.enqueue(partial(self._gather, load, staging), [staging.emptied])
-        readers = {self._read_by[copy.slot].copied for copy in load if copy.slot in self._read_by}
         staging.copied = staging.emptied = self._queues.to_host.enqueue(
-            partial(self._store, load, staging), [gathered, *readers]
+            partial(self._store, load, staging), [gathered]
         )
         for copy in load:
             self._filled_by[copy.slot] = staging
 
     def _copy_in(self, load: Sequence[BlockCopy]) -> None:
-        """A slot is read after it was filled. Its buffer may carry a later load by now, and then that is waited
-        for: loads of one direction are done in order."""
+        """A slot is read after it was filled. Its buffer may carry a later load by now, and then that is
+        waited for: loads of one direction are done in order."""
         staging = self._in.next()
         fillers = {self._filled_by[copy.slot].copied for copy in load}
         staging.copied = self._queues.to_device.enqueue(
             partial(self._fetch, load, staging), [staging.emptied, *fillers]
         )
-        staging.emptied = self._queues.engine.enqueue(
-            partial(self._scatter, load, staging), [staging.copied]
-        )
-        for copy in load:
-            self._read_by[copy.slot] = staging
+        staging.emptied = self._queues.engine.enqueue(partial(self._scatter, load, staging), [staging.copied])
 
     def _gather(self, load: Sequence[BlockCopy], staging: _Staging) -> None:
         torch.index_select(self._rows, 0, self._row_index(load), out=_rows_of(staging, len(load)))

@@ -53,9 +53,7 @@ class SimEngine(PagedEngine):
         )
         limits = SchedulerLimits(config.max_num_seqs, config.max_num_batched_tokens, config.max_waiting)
         layers_per_group = config.layers_per_group or NUM_LAYERS // 2
-        super().__init__(
-            info, executor, limits, layers_per_group=layers_per_group, num_host_blocks=num_host
-        )
+        super().__init__(info, executor, limits, layers_per_group=layers_per_group, num_host_blocks=num_host)
 
 
 def _tokenizer_vocab_size(folder: str) -> int:

@@ -12,10 +12,10 @@ import torch
 
 from kvrelay.core.ids import BlockId
 from kvrelay.engine.block_mover import CpuBlockMover
-from kvrelay.engine.cuda.block_mover import CopyQueues, CudaBlockMover
+from kvrelay.engine.cuda.block_mover import CopyQueues, CudaBlockMover, _loads
 from kvrelay.engine.host_tier import BlockCopy
 
-NUM_BLOCKS, NUM_SLOTS = 12, 9
+NUM_BLOCKS, NUM_SLOTS = 12, 24
 
 
 @dataclass(eq=False)
@@ -53,8 +53,9 @@ def random_cache(dtype: torch.dtype, head_dim: int) -> torch.Tensor:
 def random_copies(random: Random, filled: set[int]) -> list[BlockCopy]:
     """Slots come back only after they were filled; blocks and slots repeat at will."""
     copies = []
-    for _ in range(random.randint(1, 12)):
-        to_host = not filled or random.random() < 0.55
+    share_out = random.choice([0.2, 0.6, 1.0])
+    for _ in range(random.randint(1, 16)):
+        to_host = not filled or random.random() < share_out
         slot = random.randrange(NUM_SLOTS) if to_host else random.choice(sorted(filled))
         filled.add(slot)
         copies.append(BlockCopy(BlockId(random.randrange(NUM_BLOCKS)), slot, to_host))
@@ -63,7 +64,9 @@ def random_copies(random: Random, filled: set[int]) -> list[BlockCopy]:
 
 @pytest.mark.parametrize("seed", range(15))
 @pytest.mark.parametrize("blocks_per_load", [1, 2, 5])
-def test_any_order_that_the_queues_allow_gives_what_plain_copies_give(seed: int, blocks_per_load: int) -> None:
+def test_any_order_that_the_queues_allow_gives_what_plain_copies_give(
+    seed: int, blocks_per_load: int
+) -> None:
     random = Random(seed)
     cache = random_cache(torch.float32, 2)
     expected = cache.clone()
@@ -79,7 +82,7 @@ def test_any_order_that_the_queues_allow_gives_what_plain_copies_give(seed: int,
         block = random.randrange(NUM_BLOCKS)  # the next step overwrites a block
         queues.engine.enqueue(lambda block=block, number=number: cache[:, :, block].fill_(number), [])
         expected[:, :, block].fill_(number)
-        run_some(queues, random, num=random.randint(0, 20))
+        run_some(queues, random, num=random.randint(0, 30))
     run_some(queues, random)
     assert not any(queue.waiting for queue in queues)
     assert torch.equal(cache, expected)
@@ -91,13 +94,20 @@ def test_any_order_that_the_queues_allow_gives_what_plain_copies_give(seed: int,
 
 
 def run_some(queues: CopyQueues, random: Random, num: int | None = None) -> None:
-    """So many operations, or all, of random queues that need not wait."""
+    """So many operations, or all, of queues that need not wait; one queue is slow, another is fast."""
+    order = random.sample(list(queues), 3)
     while num is None or num > 0:
-        ready = [queue for queue in queues if queue.can_run()]
+        ready = [queue for queue in order if queue.can_run()]
         if not ready:
             return
-        random.choice(ready).run_next()
+        ready[0 if random.random() < 0.95 else -1].run_next()
         num = None if num is None else num - 1
+
+
+def test_a_load_brings_nothing_twice_into_a_block() -> None:
+    """A scatter of two rows into one leaves either of them."""
+    copies = [BlockCopy(BlockId(block), slot, False) for block, slot in ((0, 0), (1, 1), (0, 2), (2, 3))]
+    assert list(_loads(copies, 3)) == [copies[:2], copies[2:]]
 
 
 @pytest.mark.parametrize(("dtype", "head_dim"), [(torch.bfloat16, 8), (torch.uint8, 3), (torch.float32, 5)])
