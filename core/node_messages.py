@@ -230,7 +230,8 @@ class NodeLoad:
     """How busy a node is: the figures of its engine, and what it holds for attempts.
 
     ``num_held_blocks + num_cached_blocks + num_empty_blocks == num_blocks``; with no attempt live,
-    `num_held_blocks` is 0, or blocks have leaked.
+    `num_held_blocks` is 0, or blocks have leaked. Of the `prefix_hit_tokens`, `host_hit_tokens` came from the
+    host tier, which uses `num_used_host_blocks` of `num_host_blocks`.
     """
 
     num_running: int = 0
@@ -245,6 +246,9 @@ class NodeLoad:
     prefix_query_tokens: int = 0
     num_attempts: int = 0
     num_open_transfers: int = 0
+    num_host_blocks: int = 0
+    num_used_host_blocks: int = 0
+    host_hit_tokens: int = 0
 
     @property
     def num_free_blocks(self) -> int:

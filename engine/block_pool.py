@@ -3,7 +3,8 @@
 A block is in exactly one of three sets: *held* (reference count above 0), *cached* (unheld, but its
 content is known under a block hash and may be found again) or *empty*. ``num_held + num_cached +
 num_empty == num_blocks`` always. Cached blocks are evicted least recently used first, and within one
-sequence last block first, because a prefix is useless without its beginning.
+sequence last block first, because a prefix is useless without its beginning. With a host tier an evicted
+block may be found there again.
 
 Pure bookkeeping: no KV bytes here.
 """
@@ -16,6 +17,7 @@ from collections.abc import Iterable, Sequence
 
 from kvrelay.core.block_hash import BlockHash
 from kvrelay.core.ids import BlockId
+from kvrelay.engine.host_tier import HostTier
 
 _EMPTY, _TAKEN = 1, 0
 
@@ -28,9 +30,10 @@ class BlockPool:
     costs a scan of the pool for each call of `allocate`; without it blocks come lowest first.
     """
 
-    def __init__(self, num_blocks: int, *, spread: bool = False) -> None:
+    def __init__(self, num_blocks: int, *, spread: bool = False, host_tier: HostTier | None = None) -> None:
         assert num_blocks > 0
         self.num_blocks = num_blocks
+        self.host_tier = host_tier
         self._spread = spread
         self._num_references = [0] * num_blocks
         self._hash_of_block: list[BlockHash | None] = [None] * num_blocks
@@ -57,12 +60,13 @@ class BlockPool:
         """Blocks that `allocate` could hand out now: empty or evictable."""
         return self._num_empty + len(self._cached_unheld)
 
-    def match_prefix(self, hashes: Iterable[BlockHash]) -> list[BlockId]:
-        """Blocks that hold the longest known prefix of the chain `hashes`. Takes no reference."""
-        found: list[BlockId] = []
+    def match_prefix(self, hashes: Iterable[BlockHash]) -> list[BlockId | None]:
+        """Blocks that hold the longest known prefix of the chain `hashes`; None for those that the host tier
+        alone has. Takes no reference."""
+        found: list[BlockId | None] = []
         for block_hash in hashes:
             block = self._block_of_hash.get(block_hash)
-            if block is None:
+            if block is None and (self.host_tier is None or block_hash not in self.host_tier):
                 break
             found.append(block)
         return found
@@ -94,6 +98,22 @@ class BlockPool:
         for block in taken:
             self._num_references[block] = 1
         return taken
+
+    def take(
+        self, matched: Sequence[BlockId | None], hashes: Sequence[BlockHash], num_blocks: int
+    ) -> list[BlockId]:
+        """A table of `num_blocks` blocks, one reference each, that begins with what `match_prefix` has just
+        found for `hashes`; what the host tier alone has is restored into fresh blocks. The caller has checked
+        `num_free`."""
+        self.acquire(block for block in matched if block is not None)
+        missing = [block_hash for block_hash, block in zip(hashes, matched, strict=True) if block is None]
+        if self.host_tier is not None:
+            self.host_tier.hold(missing)  # or what is evicted now could take their slots
+        fresh = iter(self.allocate(num_blocks - len(matched) + len(missing)))
+        table: list[BlockId] = []
+        for block_hash, block in zip(hashes, matched, strict=True):
+            table.append(self._restore(block_hash, next(fresh)) if block is None else block)
+        return [*table, *fresh]
 
     def register(self, block: BlockId, block_hash: BlockHash) -> bool:
         """The content of this held block is final and has this hash. False: another block has it already."""
@@ -133,6 +153,14 @@ class BlockPool:
             assert block_hash is None or not sets[2]
             assert block_hash is None or self._block_of_hash[block_hash] == block
         assert len(self._block_of_hash) == sum(known is not None for known in self._hash_of_block)
+        if self.host_tier is not None:
+            self.host_tier.check()
+
+    def _restore(self, block_hash: BlockHash, block: BlockId) -> BlockId:
+        assert self.host_tier is not None
+        self.host_tier.restore(block_hash, block)
+        self.register(block, block_hash)
+        return block
 
     def _take_behind(self, after: BlockId, num: int) -> list[BlockId]:
         taken: list[BlockId] = []
@@ -171,4 +199,6 @@ class BlockPool:
         assert block_hash is not None
         del self._block_of_hash[block_hash]
         self._hash_of_block[block] = None
+        if self.host_tier is not None:
+            self.host_tier.save(block, block_hash)
         return block

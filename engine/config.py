@@ -58,7 +58,9 @@ class EngineConfig:
 
     `model` is the path of a Hugging Face folder (torch) or any name (sim); `served_name` what clients
     call it, by default the folder's or model's name. The KV pool has `num_blocks` blocks, or, where that
-    is None, as many as `kv_bytes` hold. `device` is ``cpu``, ``cuda`` or ``cuda:N``. With
+    is None, as many as `kv_bytes` hold. Blocks that it evicts go to `host_kv_bytes` of host memory (pinned
+    where the device is a GPU) and come back when a prompt has their prefix; 0: they are lost.
+    `device` is ``cpu``, ``cuda`` or ``cuda:N``. With
     `random_weights` the folder needs no weights: they are drawn, for measuring the speed of a shape.
     `tensor_parallel_size` GPUs of this host (`device` and those after it), each in a process of its own,
     share the model's heads and the KV pool; on the CPU so many processes do, mostly for trying it out.
@@ -84,6 +86,7 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     num_blocks: int | None = None
     kv_bytes: int = DEFAULT_KV_BYTES
+    host_kv_bytes: int = 0
     block_size: int = 16
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
@@ -104,6 +107,7 @@ class EngineConfig:
                 ("tensor_parallel_size", self.tensor_parallel_size, 1, 64),
                 ("num_blocks", self.num_blocks, 2, 1 << 28),
                 ("kv_bytes", self.kv_bytes, 1 << 10, 1 << 44),
+                ("host_kv_bytes", self.host_kv_bytes, 0, 1 << 44),
                 ("block_size", self.block_size, 1, 1024),
                 ("max_num_seqs", self.max_num_seqs, 1, 1 << 16),
                 ("max_num_batched_tokens", self.max_num_batched_tokens, 1, 1 << 20),

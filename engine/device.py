@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvrelay.core.kv import KVLayout, KVStore
 from kvrelay.engine.attention import Attention
+from kvrelay.engine.block_mover import BlockMover, CpuBlockMover
 from kvrelay.engine.cpu_attention import CpuAttention
 from kvrelay.engine.cuda.kv_store import CudaKVStore
 from kvrelay.engine.host_kv import HostKVStore
@@ -62,6 +63,10 @@ class Device(Protocol):
 
     def kv_store(self, layout: KVLayout, caches: Sequence[Tensor]) -> KVStore:
         """Of all ranks' caches, by rank; `layout` is the whole node's."""
+        ...
+
+    def block_mover(self, cache: Tensor, num_slots: int) -> BlockMover:
+        """What carries blocks to `num_slots` slots of host memory and back."""
         ...
 
     def attention(self, cache: Tensor, num_heads: int) -> Attention: ...
@@ -123,6 +128,9 @@ class CpuDevice:
         num_slots = layout.num_blocks * layout.block_size
         slots = caches[0].view(torch.uint8).view(layout.num_layers, 2, num_slots, -1)
         return HostKVStore(layout, slots.numpy())
+
+    def block_mover(self, cache: Tensor, num_slots: int) -> BlockMover:
+        return CpuBlockMover(cache, num_slots)
 
     def attention(self, cache: Tensor, num_heads: int) -> Attention:
         attention = CpuAttention(cache, num_heads)

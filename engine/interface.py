@@ -112,7 +112,8 @@ class EngineLoad:
     """How busy an engine is now. Cached blocks that nobody holds count as free.
 
     `num_held_blocks` are held by live sequences; ``num_held_blocks + num_cached_blocks + num_empty_blocks
-    == num_blocks`` always, which is what a leak check asserts.
+    == num_blocks`` always, which is what a leak check asserts. Of the `prefix_hit_tokens`, `host_hit_tokens`
+    came from the host tier, which uses `num_used_host_blocks` of `num_host_blocks`.
     """
 
     num_running: int = 0
@@ -125,6 +126,9 @@ class EngineLoad:
     num_preemptions: int = 0
     prefix_hit_tokens: int = 0
     prefix_query_tokens: int = 0
+    num_host_blocks: int = 0
+    num_used_host_blocks: int = 0
+    host_hit_tokens: int = 0
 
     @property
     def num_free_blocks(self) -> int:

@@ -11,14 +11,16 @@ from torch import Tensor
 from kvrelay.core.errors import InvalidRequest
 from kvrelay.core.kv import KVStore
 from kvrelay.core.request import TokenRequest
+from kvrelay.engine.block_mover import BlockMover
 from kvrelay.engine.forward_pass import ForwardPass, StepInputs, step_inputs
 from kvrelay.engine.grammar import GrammarCompiler
+from kvrelay.engine.host_tier import BlockCopy
 from kvrelay.engine.paged_engine import DrawFailed, DrawnToken, LayerDone
 from kvrelay.engine.sampler import DrawRequest, draw
 from kvrelay.engine.sequence import Chunk, LiveSequence
 from kvrelay.engine.token_mask import allowed_tokens
 
-Broadcast: TypeAlias = Callable[[StepInputs], None]
+Broadcast: TypeAlias = Callable[[StepInputs | tuple[BlockCopy, ...]], None]
 
 
 class ModelRunner:
@@ -32,6 +34,7 @@ class ModelRunner:
         *,
         vocab_size: int,
         eos_token_ids: Sequence[int],
+        mover: BlockMover | None = None,
         broadcast: Broadcast | None = None,
     ) -> None:
         self._forward_pass = forward_pass
@@ -39,6 +42,7 @@ class ModelRunner:
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         self._kv = kv
+        self._mover = mover
         self._broadcast = broadcast
 
     @property
@@ -70,6 +74,12 @@ class ModelRunner:
     def draw(self, logits: Tensor, chunks: Sequence[Chunk]) -> list[DrawnToken | DrawFailed]:
         """The next token of each chunk, from its row of `logits` ``[len(chunks), vocab_size]``."""
         return draw(logits.float(), [self._draw_request(chunk.sequence) for chunk in chunks])
+
+    def move_blocks(self, copies: Sequence[BlockCopy], *, before_receive: bool) -> None:
+        assert self._mover is not None, "there is no host tier"
+        if self._broadcast is not None:
+            self._broadcast(tuple(copies))
+        self._mover.move(copies)
 
     def check_received(self, sequence: LiveSequence) -> str | None:
         return None

@@ -14,6 +14,7 @@ from typing import Final, NamedTuple, Protocol, runtime_checkable
 from kvrelay.core.kv import KVStore
 from kvrelay.core.request import TokenLogprobs, TokenRequest
 from kvrelay.engine.block_pool import BlockPool
+from kvrelay.engine.host_tier import BlockCopy, HostTier
 from kvrelay.engine.interface import (
     EngineInfo,
     EngineLoad,
@@ -78,6 +79,13 @@ class Executor(Protocol):
         """Compute the chunks' KV and draw the next token of each chunk that `samples`, in their order."""
         ...
 
+    def move_blocks(self, copies: Sequence[BlockCopy], *, before_receive: bool) -> None:
+        """Copy blocks between device and host. The copies take effect in their order, after what was executed
+        or launched before them, and before what is executed or launched later; so for each `kv.gather` of
+        what is reported from now on. `before_receive`: a transfer is about to be told of blocks, so that its
+        `kv.scatter` has to come after these copies and all earlier ones too."""
+        ...
+
     def check_received(self, sequence: LiveSequence) -> str | None:
         """What is wrong with the KV that a reserved sequence has received; None: nothing that shows."""
         ...
@@ -124,11 +132,14 @@ class PagedEngine:
         spread_blocks: bool = False,
         layers_per_group: int | None = None,
         itl_promise_ms: float | None = None,
+        num_host_blocks: int = 0,
         read_clock: ReadClock = time.perf_counter,
     ) -> None:
         self._info = info
         self._executor = executor
-        pool = BlockPool(info.num_blocks, spread=spread_blocks)
+        self._has_host_tier = num_host_blocks > 0
+        host_tier = HostTier(num_host_blocks) if num_host_blocks else None
+        pool = BlockPool(info.num_blocks, spread=spread_blocks, host_tier=host_tier)
         self._read_clock = read_clock
         self._step_cost: StepCost | None = None
         if itl_promise_ms is not None:
@@ -158,7 +169,9 @@ class PagedEngine:
         self._scheduler.submit(request, key, Purpose.PREFILL_ONLY)
 
     def reserve(self, request: TokenRequest, key: SequenceKey) -> Reservation:
-        return self._scheduler.reserve(request, key)
+        reservation = self._scheduler.reserve(request, key)
+        self._move_blocks(before_receive=True)
+        return reservation
 
     def start_decode(self, key: SequenceKey, first_token_id: int) -> None:
         sequence = self._scheduler.reserved(key)
@@ -183,6 +196,7 @@ class PagedEngine:
             return self._finish(launched)
         began_s = self._read_clock()
         plan = self._scheduler.schedule()
+        self._move_blocks()
         if (
             self._ahead_executor is not None
             and not plan.admitted
@@ -208,6 +222,7 @@ class PagedEngine:
         """Begin the step after `launched` if it can be told already, then wait for this one."""
         assert self._ahead_executor is not None
         ahead = self._scheduler.schedule_ahead(launched.chunks)
+        self._move_blocks()
         if self._ahead_executor.can_launch(ahead):
             self._ahead = self._ahead_executor.launch(ahead)
         results = launched.results()
@@ -226,6 +241,13 @@ class PagedEngine:
     def check(self) -> None:
         """Assert every invariant of scheduler and block pool; for tests."""
         self._scheduler.check()
+
+    def _move_blocks(self, *, before_receive: bool = False) -> None:
+        if not self._has_host_tier:
+            return
+        copies = self._scheduler.take_copies()
+        if copies or before_receive:
+            self._executor.move_blocks(copies, before_receive=before_receive)
 
     def _commit(self, chunks: Sequence[Chunk], drawn: Sequence[DrawnToken | DrawFailed]) -> StepOutput:
         outputs: list[SequenceOutput] = []

@@ -26,6 +26,7 @@ from kvrelay.core.errors import DuplicateRequest, InvalidRequest, Overloaded
 from kvrelay.core.ids import BlockId
 from kvrelay.core.request import FinishReason, TokenRequest, check_fits_model
 from kvrelay.engine.block_pool import BlockPool
+from kvrelay.engine.host_tier import BlockCopy
 from kvrelay.engine.interface import EngineInfo, EngineLoad, Reservation, SequenceKey
 from kvrelay.engine.sequence import Chunk, LiveSequence, Purpose, Stage
 from kvrelay.engine.step_cost import StepCost, StepShape
@@ -105,6 +106,7 @@ class Scheduler:
         self._num_preemptions = 0
         self._prefix_hit_tokens = 0
         self._prefix_query_tokens = 0
+        self._host_hit_tokens = 0
 
     @property
     def pool(self) -> BlockPool:
@@ -239,7 +241,12 @@ class Scheduler:
             self.release(sequence.key)
         return reason
 
+    def take_copies(self) -> list[BlockCopy]:
+        """What is to be copied between device and host before anything else happens to the blocks."""
+        return [] if self._pool.host_tier is None else self._pool.host_tier.take_copies()
+
     def load(self) -> EngineLoad:
+        tier = self._pool.host_tier
         return EngineLoad(
             num_running=len(self._running),
             num_waiting=len(self._waiting),
@@ -251,6 +258,9 @@ class Scheduler:
             num_preemptions=self._num_preemptions,
             prefix_hit_tokens=self._prefix_hit_tokens,
             prefix_query_tokens=self._prefix_query_tokens,
+            num_host_blocks=0 if tier is None else tier.num_slots,
+            num_used_host_blocks=0 if tier is None else tier.num_used,
+            host_hit_tokens=self._host_hit_tokens,
         )
 
     def check(self) -> None:
@@ -303,18 +313,20 @@ class Scheduler:
         else:
             insort(self._running, sequence, key=attrgetter("arrival"))
 
-    def _match_prefix(self, sequence: LiveSequence) -> list[BlockId]:
-        """Cached blocks of its prefix, never of all its tokens: the last token must be computed."""
+    def _match_prefix(self, sequence: LiveSequence) -> list[BlockId | None]:
+        """Cached blocks of its prefix, None where the host has it; never of all its tokens: the last token
+        must be computed."""
         block_size = self._info.block_size
         num_matchable = (len(sequence.token_ids) - 1) // block_size
         return self._pool.match_prefix(
             sequence.block_hash(index, block_size) for index in range(num_matchable)
         )
 
-    def _num_missing(self, sequence: LiveSequence, matched: Sequence[BlockId]) -> int:
+    def _num_missing(self, sequence: LiveSequence, matched: Sequence[BlockId | None]) -> int:
         """Free blocks that the sequence would use up, cached ones that it takes over included."""
         num_blocks = -(-len(sequence.token_ids) // self._info.block_size)
-        return num_blocks - len(matched) + self._pool.num_unheld(matched)
+        on_device = [block for block in matched if block is not None]
+        return num_blocks - len(on_device) + self._pool.num_unheld(on_device)
 
     def _can_admit(self, sequence: LiveSequence) -> bool:
         if len(self._running) + self._num_reserved >= self._limits.max_num_seqs:
@@ -331,12 +343,12 @@ class Scheduler:
         if self._num_missing(sequence, matched) + num_spare_blocks > self._pool.num_free:
             return False
         block_size = self._info.block_size
-        self._pool.acquire(matched)
-        num_new = -(-len(sequence.token_ids) // block_size) - len(matched)
-        sequence.block_table = matched + self._pool.allocate(num_new)
+        num_blocks = -(-len(sequence.token_ids) // block_size)
+        sequence.block_table = self._pool.take(matched, sequence.hashes[: len(matched)], num_blocks)
         sequence.num_registered_blocks = len(matched)
         sequence.num_cached_tokens = sequence.num_computed_tokens = len(matched) * block_size
         self._prefix_hit_tokens += sequence.num_cached_tokens
+        self._host_hit_tokens += matched.count(None) * block_size
         self._prefix_query_tokens += len(sequence.token_ids)
         return True
 

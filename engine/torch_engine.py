@@ -54,6 +54,7 @@ class TorchEngine(PagedEngine):
             spread_blocks=True,
             layers_per_group=config.layers_per_group,
             itl_promise_ms=config.itl_promise_ms,
+            num_host_blocks=plan.num_host_blocks,
         )
 
     def close(self) -> None:
@@ -108,6 +109,7 @@ def _build_executor(
         GrammarCompiler(Path(plan.config.model), vocab_size, eos_token_ids, plan.config.grammar),
         vocab_size=vocab_size,
         eos_token_ids=eos_token_ids,
+        mover=rank.mover,
         broadcast=send,
     )
     return device.executor(runner, graphs)

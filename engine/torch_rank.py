@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,9 +11,11 @@ from torch import Tensor
 
 from kvrelay.core.errors import ConfigError
 from kvrelay.core.kv import KVLayout
+from kvrelay.engine.block_mover import BlockMover
 from kvrelay.engine.config import EngineConfig
 from kvrelay.engine.device import TORCH_DTYPES, CpuDevice, Device
 from kvrelay.engine.forward_pass import ForwardPass
+from kvrelay.engine.host_tier import BlockCopy, num_host_blocks
 from kvrelay.engine.model.config import ModelConfig, read_model_config
 from kvrelay.engine.model.loader import load_weights
 from kvrelay.engine.model.parallel import Collectives, Shard
@@ -37,6 +39,11 @@ class EnginePlan:
     def name(self) -> str:
         """What clients call the model."""
         return self.config.served_name or Path(self.config.model).resolve().name
+
+    @property
+    def num_host_blocks(self) -> int:
+        """What `host_kv_bytes` hold of all ranks' blocks."""
+        return num_host_blocks(self.config.host_kv_bytes, self.layout.total_bytes // self.layout.num_blocks)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -101,6 +108,8 @@ class TorchRank:
                 files, plan.model_config, device, plan.dtype, plan.max_model_len, collectives
             )
             self.cache = device.kv_cache(shard.layout(plan.layout), memory)
+            num_host = plan.num_host_blocks
+            self.mover = _block_mover(device, self.cache, num_host, collectives) if num_host else None
             self.attention = device.attention(self.cache, part.num_heads)
             rows = device.rows(self.cache.dtype, part.head_dim, part.rms_norm_eps)
         self.model = Transformer(part, weights, self.attention, rows, is_sharded=shard.size > 1)
@@ -112,6 +121,26 @@ class TorchRank:
             max_step_tokens=plan.config.max_num_batched_tokens,
             max_model_len=plan.max_model_len,
         )
+
+
+class _MeetingMover:
+    """Moves a rank's part of blocks. Rank 0 alone knows what comes behind a move, and for which transfer:
+    behind the ranks' meeting it may take all parts for moved."""
+
+    def __init__(self, mover: BlockMover, collectives: Collectives) -> None:
+        self._mover = mover
+        self._collectives = collectives
+
+    def move(self, copies: Sequence[BlockCopy]) -> None:
+        self._mover.move(copies)
+        self._collectives.barrier()
+
+
+def _block_mover(
+    device: Device, cache: Tensor, num_slots: int, collectives: Collectives | None
+) -> BlockMover:
+    mover = device.block_mover(cache, num_slots)
+    return mover if collectives is None else _MeetingMover(mover, collectives)
 
 
 def _weight_files(

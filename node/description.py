@@ -69,6 +69,9 @@ def node_load(load: EngineLoad, num_attempts: int, transfers: TransferSnapshot) 
         num_preemptions=load.num_preemptions,
         prefix_hit_tokens=load.prefix_hit_tokens,
         prefix_query_tokens=load.prefix_query_tokens,
+        num_host_blocks=load.num_host_blocks,
+        num_used_host_blocks=load.num_used_host_blocks,
+        host_hit_tokens=load.host_hit_tokens,
         num_attempts=num_attempts,
         num_open_transfers=transfers.num_pushes + transfers.num_receives + transfers.num_pending_offers,
     )

@@ -11,6 +11,7 @@ from kvrelay.core.errors import ConfigError
 from kvrelay.core.kv import KVLayout
 from kvrelay.engine.attention import Attention
 from kvrelay.engine.cuda.attention import CudaAttention
+from kvrelay.engine.cuda.block_mover import CudaBlockMover
 from kvrelay.engine.cuda.decode_graphs import DecodeGraphs
 from kvrelay.engine.cuda.kv_store import CudaKVStore
 from kvrelay.engine.cuda.rows import CudaRows
@@ -91,6 +92,9 @@ class CudaDevice:
 
     def kv_store(self, layout: KVLayout, caches: Sequence[Tensor]) -> CudaKVStore:
         return CudaKVStore(layout, caches)
+
+    def block_mover(self, cache: Tensor, num_slots: int) -> CudaBlockMover:
+        return CudaBlockMover(cache, num_slots)
 
     def attention(self, cache: Tensor, num_heads: int) -> CudaAttention:
         return CudaAttention(cache, num_heads, self._max_blocks)

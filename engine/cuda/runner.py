@@ -12,6 +12,7 @@ from kvrelay.engine.cuda.copy_stream import Mark
 from kvrelay.engine.cuda.decode_graphs import DecodeGraphs, GraphStep
 from kvrelay.engine.cuda.kv_store import CudaKVStore
 from kvrelay.engine.cuda.sampler import PreparedDraw, drawn_tokens, is_plain
+from kvrelay.engine.host_tier import BlockCopy
 from kvrelay.engine.model_runner import ModelRunner
 from kvrelay.engine.paged_engine import DrawFailed, DrawnToken, LayerDone
 from kvrelay.engine.sequence import Chunk, LiveSequence
@@ -25,6 +26,7 @@ class CudaRunner:
         self._graphs = graphs
         self._sampler = graphs.sampler
         self._kv = kv
+        self._has_moved_blocks = False
 
     @property
     def kv(self) -> KVStore:
@@ -35,6 +37,16 @@ class CudaRunner:
 
     def prepare(self, request: TokenRequest) -> object:
         return self._eager.prepare(request)
+
+    def move_blocks(self, copies: Sequence[BlockCopy], *, before_receive: bool) -> None:
+        """Scatters learn of the copies only here: told of each, they would wait for every decode step."""
+        self._eager.move_blocks(copies, before_receive=before_receive)
+        self._has_moved_blocks |= bool(copies)
+        if not all(copy.to_host for copy in copies):
+            self._kv.mark_written()
+        if before_receive and self._has_moved_blocks:
+            self._kv.mark_freed()
+            self._has_moved_blocks = False
 
     def check_received(self, sequence: LiveSequence) -> str | None:
         return self._eager.check_received(sequence)

@@ -10,6 +10,7 @@ from typing import Final
 from kvrelay.core.errors import ConfigError
 from kvrelay.core.kv import KVFingerprint, KVLayout
 from kvrelay.engine.config import EngineConfig
+from kvrelay.engine.host_tier import num_host_blocks
 from kvrelay.engine.interface import EngineInfo
 from kvrelay.engine.paged_engine import PagedEngine, ReadClock
 from kvrelay.engine.scheduler import SchedulerLimits
@@ -33,6 +34,7 @@ class SimEngine(PagedEngine):
         num_blocks = config.num_blocks or max(2, config.kv_bytes // (TOKEN_BYTES * config.block_size))
         max_model_len = min(config.max_model_len or DEFAULT_MAX_MODEL_LEN, num_blocks * config.block_size)
         layout = KVLayout(NUM_LAYERS, num_blocks, config.block_size, 1, 8, "uint8", 1)
+        num_host = num_host_blocks(config.host_kv_bytes, TOKEN_BYTES * config.block_size)
         vocab_size = config.sim_vocab_size or _tokenizer_vocab_size(config.tokenizer) or DEFAULT_VOCAB_SIZE
         executor = SimExecutor(
             layout,
@@ -40,6 +42,7 @@ class SimEngine(PagedEngine):
             sleep,
             vocab_size=vocab_size,
             max_model_len=max_model_len,
+            num_host_blocks=num_host,
         )
         model = f"sim-{sha256(f'{config.model} {vocab_size}'.encode()).hexdigest()[:16]}"
         info = EngineInfo(
@@ -60,6 +63,7 @@ class SimEngine(PagedEngine):
             limits,
             layers_per_group=config.layers_per_group or NUM_LAYERS // 2,
             itl_promise_ms=config.itl_promise_ms,
+            num_host_blocks=num_host,
             read_clock=read_clock,
         )
 

@@ -11,6 +11,7 @@ from kvrelay.core.errors import InvalidRequest
 from kvrelay.core.kv import KVLayout
 from kvrelay.core.request import TokenLogprobs, TokenRequest
 from kvrelay.engine.host_kv import HostKVStore, slot_runs
+from kvrelay.engine.host_tier import BlockCopy
 from kvrelay.engine.paged_engine import DrawFailed, DrawnToken, LayerDone
 from kvrelay.engine.sequence import Chunk, LiveSequence
 from kvrelay.engine.sim.stamps import STAMP_BYTES, PrefixStamps, UInt64s, draw_token, stream_of
@@ -33,13 +34,23 @@ class SimExecutor:
     """See `kvrelay.engine.paged_engine.Executor`. A stamp each for K and V: 16 bytes a token and layer."""
 
     def __init__(
-        self, layout: KVLayout, timing: SimTiming, sleep: Sleep, *, vocab_size: int, max_model_len: int
+        self,
+        layout: KVLayout,
+        timing: SimTiming,
+        sleep: Sleep,
+        *,
+        vocab_size: int,
+        max_model_len: int,
+        num_host_blocks: int = 0,
     ) -> None:
         assert layout.token_bytes_per_layer == 2 * STAMP_BYTES
         num_slots = layout.num_blocks * layout.block_size
         self._cache: UInt64s = np.zeros((layout.num_layers, 2, num_slots), dtype=np.uint64)
         cache_bytes = self._cache.view(np.uint8).reshape(layout.num_layers, 2, num_slots, STAMP_BYTES)
         self._kv = HostKVStore(layout, cache_bytes)
+        self._blocks = self._cache.reshape(layout.num_layers, 2, layout.num_blocks, layout.block_size)
+        host_shape = (num_host_blocks, layout.num_layers, 2, layout.block_size)
+        self._host_blocks: UInt64s = np.zeros(host_shape, dtype=np.uint64)
         self._block_size = layout.block_size
         self._timing = timing
         self._sleep = sleep
@@ -70,6 +81,14 @@ class SimExecutor:
                 self._stamp_many_tokens(chunk)
         self._pass_time(self._timing.step_s(chunks), layer_done)
         return [self._draw(chunk.sequence) for chunk in chunks if chunk.samples]
+
+    def move_blocks(self, copies: Sequence[BlockCopy], *, before_receive: bool) -> None:
+        """Takes no modelled time."""
+        for block, slot, to_host in copies:
+            if to_host:
+                self._host_blocks[slot] = self._blocks[:, :, block]
+            else:
+                self._blocks[:, :, block] = self._host_blocks[slot]
 
     def check_received(self, sequence: LiveSequence) -> str | None:
         sums = self._stamps.prefix_sums(sequence.token_ids)

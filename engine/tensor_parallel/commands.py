@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, TypeAlias
 from torch import Tensor
 
 from kvrelay.engine.forward_pass import StepInputs
+from kvrelay.engine.host_tier import BlockCopy
 
 if TYPE_CHECKING:
     from kvrelay.engine.cuda.decode_graphs import GraphInputs
 
-Command: TypeAlias = "StepInputs | GraphInputs"
-"""A step for every rank to compute. The pipe's end tells a follower to leave."""
+Command: TypeAlias = "StepInputs | GraphInputs | tuple[BlockCopy, ...]"
+"""A step for every rank to compute, or blocks to move between device and host. The pipe's end tells a follower
+to leave."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,6 +85,9 @@ def _run(setup: FollowerSetup) -> None:
             command = pipe.recv()
             if isinstance(command, StepInputs):
                 rank.forward_pass.run(command, None)
+            elif isinstance(command, tuple):
+                assert rank.mover is not None
+                rank.mover.move(command)
             else:
                 assert graphs is not None
                 graphs.replay(command)

@@ -122,7 +122,7 @@ REPORT = st.one_of(
     st.builds(KVReleased, ATTEMPT),
     st.builds(DrainStarted),
 )
-LOAD = st.builds(NodeLoad, *[COUNT] * 12)
+LOAD = st.builds(NodeLoad, *[COUNT] * 15)
 CHUNK = st.builds(TokenizerChunk, DIGEST, st.integers(1, 1 << 20), st.integers(0, 1 << 20), st.binary())
 NODE_FRAME = st.builds(
     NodeFrame,

@@ -12,8 +12,8 @@ from kvrelay.core.request import TokenRequest
 from kvrelay.core.sampling import SamplingParams
 from kvrelay.engine.config import EngineConfig, EngineKind
 from kvrelay.engine.interface import Engine, KVReady, SequenceFailure, SequenceKey, SequenceOutput
-from kvrelay.engine.paged_engine import DrawFailed, DrawnToken, PagedEngine
-from kvrelay.engine.sequence import Chunk
+from kvrelay.engine.paged_engine import DrawFailed, DrawnToken, LayerDone, PagedEngine
+from kvrelay.engine.sequence import Chunk, LiveSequence
 from kvrelay.engine.sim.engine import SimEngine
 from kvrelay.engine.sim.executor import SimExecutor
 from kvrelay.engine.sim.timing import INSTANT
@@ -167,6 +167,39 @@ def build_ahead_engine(**changes: object) -> PagedEngine:
 @pytest.fixture
 def build_ahead() -> BuildEngine:
     return build_ahead_engine
+
+
+class ReadingSim(LateSim):
+    """A `LateSim` that reads, as attention would, all KV that is there already of what it computes."""
+
+    def execute(
+        self, chunks: Sequence[Chunk], layer_done: LayerDone | None
+    ) -> Sequence[DrawnToken | DrawFailed]:
+        for chunk in chunks:
+            assert self.wrong_kv(chunk.sequence, chunk.start) is None
+        return super().execute(chunks, layer_done)
+
+    def wrong_kv(self, sequence: LiveSequence, num_tokens: int) -> str | None:
+        whole = sequence.token_ids
+        sequence.token_ids = whole[:num_tokens]
+        try:
+            return self.check_received(sequence)
+        finally:
+            sequence.token_ids = whole
+
+
+@pytest.fixture(params=["in_step", "ahead"])
+def build_reading(request: pytest.FixtureRequest) -> BuildEngine:
+    """The simulated engine, which stops at the first wrong KV that it reads; also run one step ahead."""
+
+    def build(**changes: object) -> PagedEngine:
+        engine = build_ahead_engine(**changes)
+        engine._executor.__class__ = ReadingSim
+        if request.param == "in_step":
+            engine._ahead_executor = None
+        return engine
+
+    return build
 
 
 class Driver:

@@ -86,7 +86,7 @@ class TokenLogprobs(_message.Message):
     def __init__(self, present: _Optional[bool] = ..., chosen: _Optional[float] = ..., top_token_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class NodeLoad(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_waiting_tokens", "num_reserved", "num_held_blocks", "num_cached_blocks", "num_empty_blocks", "num_preemptions", "prefix_hit_tokens", "prefix_query_tokens", "num_attempts", "num_open_transfers")
+    __slots__ = ("num_running", "num_waiting", "num_waiting_tokens", "num_reserved", "num_held_blocks", "num_cached_blocks", "num_empty_blocks", "num_preemptions", "prefix_hit_tokens", "prefix_query_tokens", "num_attempts", "num_open_transfers", "num_host_blocks", "num_used_host_blocks", "host_hit_tokens")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -99,6 +99,9 @@ class NodeLoad(_message.Message):
     PREFIX_QUERY_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
     NUM_OPEN_TRANSFERS_FIELD_NUMBER: _ClassVar[int]
+    NUM_HOST_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_USED_HOST_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    HOST_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_waiting_tokens: int
@@ -111,7 +114,10 @@ class NodeLoad(_message.Message):
     prefix_query_tokens: int
     num_attempts: int
     num_open_transfers: int
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., num_reserved: _Optional[int] = ..., num_held_blocks: _Optional[int] = ..., num_cached_blocks: _Optional[int] = ..., num_empty_blocks: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., prefix_query_tokens: _Optional[int] = ..., num_attempts: _Optional[int] = ..., num_open_transfers: _Optional[int] = ...) -> None: ...
+    num_host_blocks: int
+    num_used_host_blocks: int
+    host_hit_tokens: int
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., num_reserved: _Optional[int] = ..., num_held_blocks: _Optional[int] = ..., num_cached_blocks: _Optional[int] = ..., num_empty_blocks: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., prefix_query_tokens: _Optional[int] = ..., num_attempts: _Optional[int] = ..., num_open_transfers: _Optional[int] = ..., num_host_blocks: _Optional[int] = ..., num_used_host_blocks: _Optional[int] = ..., host_hit_tokens: _Optional[int] = ...) -> None: ...
 
 class TokenizerChunk(_message.Message):
     __slots__ = ("digest", "total_bytes", "offset_bytes", "data")
