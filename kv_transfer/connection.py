@@ -6,6 +6,7 @@ import os
 import selectors
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
 from kvrelay.core.errors import KVRelayError, TransferCorrupt, TransferFailed
@@ -22,7 +23,8 @@ class Connection:
     """Owns the socket, which may still be connecting.
 
     `on_frame` gets every frame; a `KVRelayError` that it raises ends the connection. `on_lost` is called
-    once when the connection ends by itself, never after `close`.
+    once when the connection ends by itself, never after `close`. Both are called by the watcher alone:
+    whoever sends is in the midst of something.
     """
 
     def __init__(
@@ -48,17 +50,18 @@ class Connection:
         self._unsent = bytearray()
         self._pinged_s: float | None = None
         self._watched = 0
+        self._send_error: KVRelayError | None = None
         self.last_received_s = clock()
         self._watch()
 
     def send(self, *frames: Frame) -> None:
         """Send, at once, or keep what the socket does not take now; does nothing once closed."""
-        if self._is_closed:
+        if self._is_closed or self._send_error is not None:
             return
         for frame in frames:
             self._unsent += frame_bytes(frame)
         if len(self._unsent) > _MAX_UNSENT_BYTES:
-            self._lose(TransferFailed("the peer does not read its control connection"))
+            self._stop_sending(TransferFailed("the peer does not read its control connection"))
             return
         if not self._is_connecting:
             self._flush()
@@ -118,9 +121,17 @@ class Connection:
         except (BlockingIOError, InterruptedError):
             num_sent = 0
         except OSError as error:
-            self._lose(TransferFailed(f"connection lost: {error.strerror}"))
+            self._stop_sending(TransferFailed(f"connection lost: {error.strerror}"))
             return
         del self._unsent[:num_sent]
+        self._watch()
+
+    def _stop_sending(self, error: KVRelayError) -> None:
+        """The watcher finds the end next, behind what the peer may have said last."""
+        self._send_error = error
+        self._unsent.clear()
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
         self._watch()
 
     def _receive_all(self) -> None:
@@ -136,10 +147,10 @@ class Connection:
         except (BlockingIOError, InterruptedError):
             return False
         except OSError as error:
-            self._lose(TransferFailed(f"connection lost: {error.strerror}"))
+            self._lose(self._send_error or TransferFailed(f"connection lost: {error.strerror}"))
             return False
         if not received:
-            self._lose(TransferFailed("connection closed by the peer"))
+            self._lose(self._send_error or TransferFailed("connection closed by the peer"))
             return False
         self.last_received_s = self._clock()
         self._pinged_s = None

@@ -5,15 +5,14 @@ from __future__ import annotations
 import socket
 from typing import Final
 
-from kvrelay.core.errors import KVRelayError, TransferCorrupt, TransferFailed, TransferTimeout
+from kvrelay.core.errors import KVRelayError, TransferFailed, TransferTimeout
 from kvrelay.core.ids import TransferId
-from kvrelay.core.kv import DeviceKind, StagingMemory
+from kvrelay.core.kv import StagingMemory
 from kvrelay.kv_transfer.connection import unexpected
-from kvrelay.kv_transfer.copies import Copies
 from kvrelay.kv_transfer.draining import Draining
 from kvrelay.kv_transfer.incoming_link import IncomingLink
 from kvrelay.kv_transfer.interface import ExpectedTransfer, ReceiveDone, ReceiveFailed, TransferStats
-from kvrelay.kv_transfer.local_node import LocalNode, checksum_of
+from kvrelay.kv_transfer.local_node import LocalNode
 from kvrelay.kv_transfer.messages import (
     Abort,
     Chunk,
@@ -47,6 +46,7 @@ from kvrelay.kv_transfer.receive_events import (
     SlotsWanted,
 )
 from kvrelay.kv_transfer.receive_session import ReceivePhase, ReceiveSession
+from kvrelay.kv_transfer.scatters import Scatters
 from kvrelay.kv_transfer.slot_pool import SlotCounts, SlotPool
 from kvrelay.kv_transfer.transport import KVTransport, PeerLost
 
@@ -60,18 +60,16 @@ class Receiver:
         config = node.config
         self._node = node
         self._transport = transport
-        self._staging = staging
         self._config = config
         self._slot_bytes = node.slots.slot_bytes
         self._sessions: dict[TransferId, ReceiveSession] = {}
         self._link_of: dict[TransferId, IncomingLink] = {}
         self._links: dict[int, IncomingLink] = {}
         self._pool: SlotPool[TransferId] = SlotPool(node.slots.num_receive_slots)
-        self._scatters: Copies[tuple[TransferId, int]] = Copies()
+        self._scatters = Scatters(node, staging, self._pool)
         self._draining = Draining()
         self._offers = OfferBook(config.max_pending_offers, config.pending_offer_timeout_s)
         self._pumped_until_s = 0.0
-        self._checks = config.verify_checksums and staging.device_kind is DeviceKind.CPU
 
     @property
     def num_transfers(self) -> int:
@@ -194,10 +192,8 @@ class Receiver:
     def end_scatters(self) -> bool:
         """Take back the slots of messages that are in the cache now; returns whether there were any."""
         found = False
-        while (scattered := self._scatters.pop_done()) is not None:
+        while (transfer_id := self._scatters.pop_done()) is not None:
             found = True
-            transfer_id, slot = scattered
-            self._pool.free(slot)
             self._feed(transfer_id, MessageScattered())
         return found
 
@@ -274,7 +270,7 @@ class Receiver:
         outcome: ReceiveEvent | None = None
         effects = session.handle(event, self._node.clock())
         if session.phase is ReceivePhase.ENDED:
-            self._stop_scatters(transfer_id)
+            self._scatters.stop(transfer_id)
         frames = [effect.frame for effect in effects if isinstance(effect, SendToSender)]
         if frames and link is not None:
             link.connection.send(*frames)
@@ -283,7 +279,7 @@ class Receiver:
                 case RequestSlots():
                     self._pool.request(transfer_id, effect.num_slots)
                 case ScatterMessage():
-                    outcome = self._scatter(transfer_id, effect)
+                    outcome = self._scatters.begin(transfer_id, effect)
                 case FreeSlots():
                     self._free(transfer_id, effect)
                 case QuarantineSlots():
@@ -296,11 +292,6 @@ class Receiver:
         elif outcome is not None:
             self._handle(session, outcome)
 
-    def _stop_scatters(self, transfer_id: TransferId) -> None:
-        """Nothing writes the transfer's blocks once its end is told, nor reads a slot that others get."""
-        for _, slot in self._scatters.take(transfer_id):
-            self._pool.free(slot)
-
     def _free(self, transfer_id: TransferId, effect: FreeSlots) -> None:
         if effect.slots is None:
             self._pool.release(transfer_id)
@@ -312,28 +303,6 @@ class Receiver:
         self._pool.quarantine(transfer_id, None)
         if link is not None and self._pool.slots_of(transfer_id):
             self._draining.add(transfer_id, link.link_id, self._node.clock())
-
-    def _scatter(self, transfer_id: TransferId, message: ScatterMessage) -> ReceiveEvent | None:
-        """Returns what came of it, None while it is under way."""
-        offset = message.slot * self._slot_bytes
-        if (wrong := self._wrong_checksum(message, offset)) is not None:
-            self._pool.free(message.slot)
-            return ReceiveGivenUp(wrong)
-        part = message.part
-        copy = self._node.store.scatter(message.block_table, part.layers, part.tokens, self._staging, offset)
-        assert copy.num_bytes == message.num_bytes, f"scatters {copy.num_bytes} of {message.num_bytes} bytes"
-        if not copy.is_done():
-            self._scatters.add(transfer_id, copy, (transfer_id, message.slot))
-            return None
-        self._pool.free(message.slot)
-        return MessageScattered()
-
-    def _wrong_checksum(self, message: ScatterMessage, offset: int) -> KVRelayError | None:
-        if message.checksum is None or not self._checks:
-            return None
-        if checksum_of(self._staging, offset, message.num_bytes) == message.checksum:
-            return None
-        return TransferCorrupt(f"the checksum of {message.part} does not match")
 
     def _report(self, transfer_id: TransferId, effect: ReportReceive) -> None:
         if effect.error is not None:
