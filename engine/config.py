@@ -69,8 +69,8 @@ class EngineConfig:
     None: as much as others.
     `max_model_len` None: the model's own, or the KV pool's if that is smaller. `num_threads` None: as
     many as torch takes by itself. `layers_per_group` None: layers are grouped so that one group's KV of a
-    chunk is at least 1 MiB. `tokenizer` is a folder with what clients turn text into tokens with: the
-    model's, unless given; `sim` has none of its own, and with one draws from its vocabulary unless
+    chunk is at least 1 MiB, on a GPU 32. `tokenizer` is a folder with what clients turn text into tokens
+    with: the model's, unless given; `sim` has none of its own, and with one draws from its vocabulary unless
     `sim_vocab_size` says otherwise.
 
     Raises:

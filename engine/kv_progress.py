@@ -7,18 +7,19 @@ from dataclasses import dataclass
 from typing import Final
 
 from kvrelay.core.ids import BlockId
-from kvrelay.core.kv import KVLayout
+from kvrelay.core.kv import DeviceKind, KVLayout, KVStore
 from kvrelay.engine.interface import KVReady, KVReadyListener, SequenceKey
 from kvrelay.engine.sequence import Chunk, LiveSequence, Purpose
 
-MIN_GROUP_BYTES: Final = 1 << 20
-"""A group of layers below this is not worth a message of its own."""
+MIN_GROUP_BYTES: Final = {DeviceKind.CPU: 1 << 20, DeviceKind.CUDA: 32 << 20}
+"""A group of layers below this is not worth a message of its own: NVLink takes a tenth of a millisecond for
+32 MiB, about what the message costs Python, which the engine's thread needs to queue its kernels."""
 
 
-def default_layers_per_group(layout: KVLayout, num_tokens: int) -> int:
+def default_layers_per_group(layout: KVLayout, device_kind: DeviceKind, num_tokens: int) -> int:
     """Fewest layers whose KV of `num_tokens` tokens reaches `MIN_GROUP_BYTES`, at most all."""
     layer_bytes = layout.token_bytes_per_layer * num_tokens
-    return min(layout.num_layers, -(-MIN_GROUP_BYTES // layer_bytes))
+    return min(layout.num_layers, -(-MIN_GROUP_BYTES[device_kind] // layer_bytes))
 
 
 def announce_prefix_hit(sequence: LiveSequence, num_layers: int, listener: KVReadyListener) -> None:
@@ -48,18 +49,18 @@ class KVProgress:
     def __init__(
         self,
         chunks: Iterable[Chunk],
-        layout: KVLayout,
+        kv: KVStore,
         listener: KVReadyListener,
         layers_per_group: int | None,
     ) -> None:
-        self._num_layers = layout.num_layers
+        self._num_layers = kv.layout.num_layers
         self._listener = listener
         self._watched = [
             _Watched(
                 chunk.sequence.key,
                 tuple(chunk.sequence.block_table),
                 range(chunk.start, chunk.end),
-                layers_per_group or default_layers_per_group(layout, chunk.num_tokens),
+                layers_per_group or default_layers_per_group(kv.layout, kv.device_kind, chunk.num_tokens),
             )
             for chunk in chunks
             if chunk.sequence.purpose is Purpose.PREFILL_ONLY

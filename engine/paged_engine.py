@@ -210,7 +210,7 @@ class PagedEngine:
             for sequence in plan.admitted:
                 announce_prefix_hit(sequence, self.kv.layout.num_layers, listener)
             if any(chunk.sequence.purpose is Purpose.PREFILL_ONLY for chunk in plan.chunks):
-                progress = KVProgress(plan.chunks, self.kv.layout, listener, self._layers_per_group)
+                progress = KVProgress(plan.chunks, self.kv, listener, self._layers_per_group)
                 layer_done = progress.layer_done
         drawn = self._executor.execute(plan.chunks, layer_done) if plan.chunks else ()
         output = self._commit(plan.chunks, drawn)

@@ -14,14 +14,14 @@ from kvrelay.core.kv import DeviceKind
 NVLINK_FLOOR_GB_PER_S: Final = 50.0
 PROBE_BYTES: Final = {DeviceKind.CPU: 1 << 20, DeviceKind.CUDA: 16 << 20}
 """One write: long enough that what a write costs beside its bytes does not decide."""
-MAX_PROBE_WRITES: Final = 4
+MAX_PROBE_WRITES: Final = 16
 MAX_PROBE_S: Final = 0.05
 
 
 class LinkProbe:
     """Times up to `MAX_PROBE_WRITES` writes of `num_bytes`, one after the other, for `MAX_PROBE_S` at most.
 
-    The best counts: the first ones also open handles and touch pages.
+    The best counts: the first ones also open handles, touch pages and wake a link that was asleep.
     """
 
     def __init__(self, num_bytes: int) -> None:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from kvrelay.engine.cuda.decode_graphs import GraphInputs
 
 Command: TypeAlias = "StepInputs | GraphInputs | tuple[BlockCopy, ...]"
-"""A step for every rank to compute, or blocks to move between device and host. The pipe's end tells a follower
-to leave."""
+"""A step for every rank to compute, or blocks to move between device and host. A follower leaves at the
+pipe's end."""
 
 
 @dataclass(frozen=True, slots=True)

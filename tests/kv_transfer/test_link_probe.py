@@ -50,7 +50,7 @@ def test_a_probe_of_a_slow_link_ends_by_time() -> None:
 
 def test_a_probe_is_bounded_in_bytes() -> None:
     assert all(num_bytes <= SCRATCH_BYTES for num_bytes in PROBE_BYTES.values())
-    assert MAX_PROBE_WRITES * max(PROBE_BYTES.values()) <= 64 << 20
+    assert MAX_PROBE_WRITES * max(PROBE_BYTES.values()) <= 256 << 20
 
 
 @pytest.mark.parametrize(
