@@ -11,14 +11,14 @@ import logging
 import subprocess
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 _TILE_WORDS = 1024
 _MAX_ROW_WORDS = 512
-_POINTER_ALIGNMENT = 16
-"""Triton compiles pointers that are multiples of it apart from others."""
+POINTER_ALIGNMENT = 16
+"""Triton compiles kernels for pointers that are multiples of it apart from others."""
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +36,29 @@ class TokenRows:
         stop = self.first_token + num_rows
         tokens = torch.arange(self.first_token, stop, device=self.table.device)
         return self.table[tokens // self.block_size] * self.block_size + tokens % self.block_size
+
+
+@dataclass(frozen=True, slots=True)
+class RowShape:
+    """What a kernel is compiled for: rows of `words`, `message_words` apart in a message."""
+
+    words: int
+    message_words: int
+    word: torch.dtype
+    block_size: int
+
+
+class RawCopy(NamedTuple):
+    """A copy by addresses, all multiples of `POINTER_ALIGNMENT`: of planes that lie one behind the other, and
+    of the copying shard's part of a message."""
+
+    planes: int
+    message: int
+    num_planes: int
+    num_rows: int
+    num_slots: int
+    first_token: int
+    is_gather: bool
 
 
 class RowCopier(Protocol):
@@ -74,13 +97,48 @@ class IndexCopier:
 
 
 class TritonCopier:
-    """One launch a message, at the speed of HBM."""
+    """One launch a message, at the speed of HBM.
+
+    Many messages share one interpreter with the engine, so what a launch costs the CPU counts: `launch` gives
+    a kernel that is compiled already bare addresses, which takes a fraction of what Triton takes to look it
+    up, and torch to cut out views.
+    """
 
     name = "triton"
 
     def __init__(self) -> None:
         self._kernel = _copy_rows_kernel()
         self._compiled: dict[tuple[object, ...], Any] = {}
+
+    def launch(self, copy: RawCopy, shape: RowShape, table: torch.Tensor, stream: int) -> None:
+        """Queue one copy on `stream` (a ``cudaStream_t``) of the table's device, which is the current one."""
+        tile_words = min(1 << (shape.words - 1).bit_length(), _MAX_ROW_WORDS)
+        tile_rows = _TILE_WORDS // tile_words
+        grid = (-(-copy.num_rows // tile_rows), copy.num_planes, -(-shape.words // tile_words))
+        constants = (
+            shape.block_size,
+            shape.words,
+            shape.message_words,
+            tile_rows,
+            tile_words,
+            copy.is_gather,
+        )
+        key = (table.device, shape, copy.is_gather)
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            words = torch.empty(64, dtype=shape.word, device=table.device)
+            arguments = (words, words, table, copy.num_rows, copy.num_slots, copy.first_token, *constants)
+            compiled = self._compiled[key] = self._kernel.warmup(*arguments, grid=grid)
+        compiled[grid](
+            copy.planes,
+            copy.message,
+            table,
+            copy.num_rows,
+            copy.num_slots,
+            copy.first_token,
+            *constants,
+            stream=stream,
+        )
 
     def gather(self, planes: torch.Tensor, rows: TokenRows, message: torch.Tensor) -> None:
         self._launch(planes, rows, message, is_gather=True)
@@ -97,35 +155,20 @@ class TritonCopier:
         tile_words = min(1 << (row_words - 1).bit_length(), _MAX_ROW_WORDS)
         tile_rows = _TILE_WORDS // tile_words
         grid = (-(-num_rows // tile_rows), num_planes, -(-row_words // tile_words))
-        constants = (rows.block_size, row_words, message_row_words, tile_rows, tile_words, is_gather)
-        arguments = (planes, message, rows.table, num_rows, planes.shape[1], rows.first_token, *constants)
-        self._kernel_for(arguments, constants, grid)[grid](*arguments)
-
-    def _kernel_for(
-        self, arguments: tuple[Any, ...], constants: tuple[int | bool, ...], grid: tuple[int, int, int]
-    ) -> Any:
-        """The kernel as it was compiled for such arguments. Called directly it costs the CPU a fraction of
-        what Triton takes to look it up: many messages share one interpreter with the engine."""
-        pointers = arguments[:3]
-        aligned = tuple(tensor.data_ptr() % _POINTER_ALIGNMENT == 0 for tensor in pointers)
-        assert max(arguments[3:6]) < 1 << 31
-        key = (pointers[0].device, pointers[0].dtype, aligned, constants)
-        found = self._compiled.get(key)
-        if found is None:
-            compiled = self._kernel.warmup(*arguments, grid=grid)
-            # Triton's interpreter, which tests use, compiles nothing.
-            found = self._compiled[key] = self._kernel if compiled is None else compiled
-        return found
-
-
-@dataclass(frozen=True, slots=True)
-class RowShape:
-    """What a kernel is compiled for: rows of `words`, `message_words` apart in a message."""
-
-    words: int
-    message_words: int
-    word: torch.dtype
-    block_size: int
+        self._kernel[grid](
+            planes,
+            message,
+            rows.table,
+            num_rows,
+            planes.shape[1],
+            rows.first_token,
+            BLOCK_SIZE=rows.block_size,
+            ROW_WORDS=row_words,
+            MESSAGE_ROW_WORDS=message_row_words,
+            TILE_ROWS=tile_rows,
+            TILE_WORDS=tile_words,
+            IS_GATHER=is_gather,
+        )
 
 
 def choose_copier(device: torch.device, shape: RowShape) -> RowCopier:

@@ -42,6 +42,10 @@ class CopyStream(Protocol):
         """Have what `copy` queues run behind those points, which may be another device's."""
         ...
 
+    def launch(self, copy: Callable[[int], None], after: Iterable[Mark]) -> CopyEnd:
+        """As `run`, for a copy that takes the stream's handle and needs no stream to be current."""
+        ...
+
     def settle(self) -> None:
         """Wait for all that was queued on the device."""
         ...
@@ -73,10 +77,19 @@ class CudaCopyStream:
             for mark in after:
                 self._stream.wait_event(mark)
             copy()
-            events = self._idle_events
-            event = events.pop() if events else torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(self._stream)
-        return _EventEnd(event, self._idle_events)
+            return self._end()
+
+    def launch(self, copy: Callable[[int], None], after: Iterable[Mark]) -> CopyEnd:
+        for mark in after:
+            self._stream.wait_event(mark)
+        copy(self._stream.cuda_stream)
+        return self._end()
+
+    def _end(self) -> CopyEnd:
+        events = self._idle_events
+        event = events.pop() if events else torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(self._stream)
+        return _EventEnd(event, events)
 
     def settle(self) -> None:
         torch.cuda.synchronize(self._device)
@@ -124,6 +137,9 @@ class InlineCopyStream:
     def run(self, copy: Callable[[], None], after: Iterable[Mark]) -> CopyEnd:
         copy()
         return PASSED
+
+    def launch(self, copy: Callable[[int], None], after: Iterable[Mark]) -> CopyEnd:
+        raise NotImplementedError("there is no stream to launch on")
 
     def settle(self) -> None:
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Final
 
 import torch
@@ -10,7 +11,15 @@ import torch
 from kvrelay.core.ids import BlockId
 from kvrelay.core.kv import KVLayout
 from kvrelay.engine.cuda.block_tables import BlockTables
-from kvrelay.engine.cuda.copy_kernels import RowCopier, RowShape, TokenRows, choose_copier
+from kvrelay.engine.cuda.copy_kernels import (
+    POINTER_ALIGNMENT,
+    RawCopy,
+    RowCopier,
+    RowShape,
+    TokenRows,
+    TritonCopier,
+    choose_copier,
+)
 from kvrelay.engine.cuda.copy_stream import CopyEnd, CopyStream, Mark
 from kvrelay.engine.cuda.staging import CudaStaging
 
@@ -44,41 +53,59 @@ class KVShard:
         self._index = index
         self._num_shards = num_shards
         self._row_bytes = num_heads * layout.head_dim * layout.dtype_bytes
-        num_slots = layout.num_blocks * layout.block_size
-        self._cache = cache.detach().view(torch.uint8).view(2 * layout.num_layers, num_slots, -1)
+        self._num_slots = layout.num_blocks * layout.block_size
+        self._plane_bytes = self._num_slots * self._row_bytes
+        self._address = cache.data_ptr()
+        self._cache = cache.detach().view(torch.uint8).view(2 * layout.num_layers, self._num_slots, -1)
         self._tables = BlockTables(cache.device, layout.num_blocks)
         word = _widest_word(self._row_bytes)
         words = self._row_bytes // word.itemsize
-        row_shape = RowShape(words, words * num_shards, word, layout.block_size)
-        self.copier = copier or choose_copier(cache.device, row_shape)
+        self._row_shape = RowShape(words, words * num_shards, word, layout.block_size)
+        self.copier = copier or choose_copier(cache.device, self._row_shape)
+        # Rows of whole 8-byte words, all of which begin at multiples of what the kernel is compiled for.
+        is_aligned = self._row_bytes % POINTER_ALIGNMENT == 0
+        self._launches = cache.is_cuda and isinstance(self.copier, TritonCopier) and is_aligned
 
-    def gather(
+    def copy(
         self,
         block_table: tuple[BlockId, ...],
         layers: range,
         tokens: range,
-        out: CudaStaging,
-        out_offset_bytes: int,
+        staging: CudaStaging,
+        offset_bytes: int,
         after: Sequence[Mark],
+        *,
+        is_gather: bool,
     ) -> CopyEnd:
-        planes, message = self._views(out, out_offset_bytes, layers, tokens)
-        return self.stream.run(
-            lambda: self.copier.gather(planes, self._rows(block_table, tokens), message), after
+        """Queue the copy of this shard's part into the message, or out of it."""
+        if self._launches:
+            raw = self._raw(layers, tokens, staging.address + offset_bytes, is_gather)
+            if raw is not None:
+                return self._launch(raw, block_table, after)
+        planes, message = self._views(staging, offset_bytes, layers, tokens)
+        move = self.copier.gather if is_gather else self.copier.scatter
+        return self.stream.run(lambda: move(planes, self._rows(block_table, tokens), message), after)
+
+    def _raw(self, layers: range, tokens: range, message: int, is_gather: bool) -> RawCopy | None:
+        """None: an address is odd."""
+        planes = self._address + 2 * layers.start * self._plane_bytes
+        message += self._index * self._row_bytes
+        if (planes | message) % POINTER_ALIGNMENT:
+            return None
+        return RawCopy(
+            planes, message, 2 * len(layers), len(tokens), self._num_slots, tokens.start, is_gather
         )
 
-    def scatter(
-        self,
-        block_table: tuple[BlockId, ...],
-        layers: range,
-        tokens: range,
-        source: CudaStaging,
-        source_offset_bytes: int,
-        after: Sequence[Mark],
-    ) -> CopyEnd:
-        planes, message = self._views(source, source_offset_bytes, layers, tokens)
-        return self.stream.run(
-            lambda: self.copier.scatter(planes, self._rows(block_table, tokens), message), after
-        )
+    def _launch(self, raw: RawCopy, block_table: tuple[BlockId, ...], after: Sequence[Mark]) -> CopyEnd:
+        assert isinstance(self.copier, TritonCopier)
+        copier = self.copier
+        if block_table not in self._tables:
+            self.stream.run(lambda: self._tables.upload(block_table), ())
+        table = self._tables.on_device(block_table)
+        if torch.cuda.current_device() == self.device.index:
+            return self.stream.launch(partial(copier.launch, raw, self._row_shape, table), after)
+        with torch.cuda.device(self.device):
+            return self.stream.launch(partial(copier.launch, raw, self._row_shape, table), after)
 
     def _rows(self, block_table: tuple[BlockId, ...], tokens: range) -> TokenRows:
         return TokenRows(self._tables.on_device(block_table), self._layout.block_size, tokens.start)

@@ -110,7 +110,8 @@ class CudaKVStore:
         return _Copy(
             num_bytes,
             tuple(
-                shard.gather(table, layers, tokens, out, out_offset_bytes, after) for shard in self._shards
+                shard.copy(table, layers, tokens, out, out_offset_bytes, after, is_gather=True)
+                for shard in self._shards
             ),
         )
 
@@ -128,7 +129,7 @@ class CudaKVStore:
         return _Copy(
             num_bytes,
             tuple(
-                shard.scatter(table, layers, tokens, source, source_offset_bytes, after)
+                shard.copy(table, layers, tokens, source, source_offset_bytes, after, is_gather=False)
                 for shard in self._shards
             ),
         )

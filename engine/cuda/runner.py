@@ -105,22 +105,17 @@ class _LayerProgress:
         self._kv = kv
         self._layer_done = layer_done
         self._marks: list[Mark] = []
-        self._num_announced = 0
 
     def layer_queued(self, layer: int) -> None:
+        """Announces nothing yet, though the device may be done with the first layers: the transfer thread
+        would take the interpreter from this one while it still queues, and the device run dry."""
         self._marks.append(self._kv.mark_written(range(layer, layer + 1)))
-        while self._num_announced < layer and self._marks[self._num_announced].query():
-            self._announce()
 
     def wait(self) -> None:
-        """Return when the last layer is announced."""
-        for mark in self._marks[self._num_announced :]:
+        """Once all is queued: return when the last layer is announced."""
+        for layer, mark in enumerate(self._marks):
             mark.synchronize()
-            self._announce()
-
-    def _announce(self) -> None:
-        self._layer_done(self._num_announced)
-        self._num_announced += 1
+            self._layer_done(layer)
 
 
 class LaunchedStep:
