@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvrelay.engine.attention import Attention, Span
-from kvrelay.engine.host_kv import slot_runs
 from kvrelay.engine.model.transformer import LayerDone, TokenBatch, Transformer
 from kvrelay.engine.sequence import Chunk
 
@@ -32,20 +31,45 @@ class StepInputs:
 
 def step_inputs(chunks: Sequence[Chunk]) -> StepInputs:
     """Rows with single tokens first, logits in the order of `chunks`."""
-    ordered = sorted(chunks, key=lambda chunk: chunk.num_tokens > 1)
-    token_ids: list[int] = []
-    positions: list[int] = []
-    last_row: dict[int, int] = {}
-    for chunk in ordered:
-        token_ids += chunk.sequence.token_ids[chunk.start : chunk.end]
-        positions += range(chunk.start, chunk.end)
-        last_row[id(chunk)] = len(token_ids) - 1
+    singles = [chunk for chunk in chunks if chunk.num_tokens == 1]
+    others = [chunk for chunk in chunks if chunk.num_tokens > 1]
+    last_row = {id(chunk): row for row, chunk in enumerate(singles)}
+    num_rows = len(singles)
+    for chunk in others:
+        num_rows += chunk.num_tokens
+        last_row[id(chunk)] = num_rows - 1
     return StepInputs(
-        np.array(token_ids, dtype=np.int64),
-        np.array(positions, dtype=np.int64),
+        _joined(
+            [chunk.sequence.token_ids[chunk.start] for chunk in singles],
+            [np.array(chunk.sequence.token_ids[chunk.start : chunk.end], dtype=np.int64) for chunk in others],
+        ),
+        _joined([chunk.start for chunk in singles], [np.arange(chunk.start, chunk.end) for chunk in others]),
         np.array([last_row[id(chunk)] for chunk in chunks if chunk.samples], dtype=np.int64),
-        tuple(Span(chunk.sequence.block_table, chunk.start, chunk.num_tokens) for chunk in ordered),
+        tuple(Span(chunk.sequence.block_table, chunk.start, chunk.num_tokens) for chunk in singles + others),
     )
+
+
+def slots_of(spans: Sequence[Span], block_size: int) -> Int64s:
+    """``[num_rows]``: where in the cache each row's KV goes; single tokens come first."""
+    singles = [span for span in spans if span.num_tokens == 1]
+    return _joined(
+        [
+            span.block_table[span.start // block_size] * block_size + span.start % block_size
+            for span in singles
+        ],
+        [_slots(span, block_size) for span in spans if span.num_tokens > 1],
+    )
+
+
+def _slots(span: Span, block_size: int) -> Int64s:
+    first = span.start // block_size
+    blocks = np.array(span.block_table[first : -(-span.end // block_size)], dtype=np.int64)
+    slots = (blocks[:, None] * block_size + np.arange(block_size)).reshape(-1)
+    return slots[span.start - first * block_size :][: span.num_tokens]
+
+
+def _joined(singles: list[int], others: list[Int64s]) -> Int64s:
+    return np.concatenate([np.array(singles, dtype=np.int64), *others])
 
 
 class ForwardPass:
@@ -75,20 +99,13 @@ class ForwardPass:
 
     def run(self, inputs: StepInputs, layer_done: LayerDone | None) -> Tensor:
         """Compute the step's KV; returns logits ``[len(sampled_rows), vocab_size]``."""
-        self._attention.begin(inputs.spans, self._slots(inputs.spans))
+        self._attention.begin(inputs.spans, torch.from_numpy(slots_of(inputs.spans, self._block_size)))
         batch = TokenBatch(
             self._upload(inputs.token_ids),
             self._upload(inputs.positions),
             self._upload(inputs.sampled_rows),
         )
         return self._model.forward(batch, layer_done)
-
-    def _slots(self, spans: Sequence[Span]) -> Tensor:
-        slots: list[int] = []
-        for span in spans:
-            for slot, _, num in slot_runs(span.block_table, range(span.start, span.end), self._block_size):
-                slots.extend(range(slot, slot + num))
-        return torch.tensor(slots)
 
     def _upload(self, array: Int64s) -> Tensor:
         return torch.from_numpy(array).to(self._device)

@@ -31,7 +31,14 @@ from kvrelay.kv_transfer.push_events import (
 )
 from kvrelay.kv_transfer.push_session import PushPhase, PushSession
 from kvrelay.kv_transfer.slot_pool import SlotCounts, SlotPool
-from kvrelay.kv_transfer.transport import KVTransport, PeerConnected, PeerLost, TransportEvent, WriteCompleted
+from kvrelay.kv_transfer.transport import (
+    KVTransport,
+    LinkTried,
+    PeerConnected,
+    PeerLost,
+    TransportEvent,
+    WriteCompleted,
+)
 
 _PUMP_INTERVAL_S: Final = 0.01
 _log = logging.getLogger(__name__)
@@ -130,6 +137,8 @@ class Sender:
                 for link in list(self._links.values()):
                     if link.link_id == event.link_id:
                         self.lose(link, event.error)
+            case LinkTried():
+                return
             case WriteCompleted():
                 self._on_written(event.write_id)
 

@@ -27,6 +27,14 @@ class PeerConnected:
 
 
 @dataclass(frozen=True, slots=True)
+class LinkTried:
+    """A write that only tries or times the connection is done: more may follow at once, so that whoever
+    polls should go on without a pause."""
+
+    link_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class WriteCompleted:
     """The bytes are visible to the peer."""
 
@@ -41,7 +49,7 @@ class PeerLost:
     error: KVRelayError
 
 
-TransportEvent = PeerConnected | WriteCompleted | PeerLost
+TransportEvent = PeerConnected | LinkTried | WriteCompleted | PeerLost
 
 
 class Watcher(Protocol):

@@ -29,6 +29,7 @@ from kvrelay.core.kv import DeviceKind, StagingMemory
 from kvrelay.kv_transfer.link_probe import PROBE_BYTES, LinkProbe
 from kvrelay.kv_transfer.transport import (
     SCRATCH_BYTES,
+    LinkTried,
     PeerConnected,
     PeerLost,
     TransportContext,
@@ -188,6 +189,7 @@ class UCXTransport:
     def _on_scratch_written(self, link_id: int, peer: _Peer) -> None:
         """The trial is followed by the probe's writes, and these by the link's opening."""
         now_s = time.perf_counter()
+        self._events.append(LinkTried(link_id))
         if peer.probe is None:
             peer.probe = LinkProbe(PROBE_BYTES[self._context.send_staging.device_kind])
         elif not peer.probe.write_ended(now_s):
