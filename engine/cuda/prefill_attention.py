@@ -48,13 +48,15 @@ class PrefillAttention:
     ) -> None:
         self._shape = (num_heads, num_kv_heads, head_dim)
         self._device = device
-        self._has_flash = dtype is torch.bfloat16 and head_dim % 8 == 0
-        self._padded = [torch.empty(0)] * 3
-        self.uses_cudnn = (
-            self._has_flash
-            and torch.cuda.get_device_capability(device) >= (9, 0)
-            and _cudnn_works(self._draw)
+        capability = torch.cuda.get_device_capability(device)
+        self._has_flash = (
+            dtype is torch.bfloat16
+            and head_dim % 8 == 0
+            and capability >= (8, 0)
+            and torch.backends.cuda.is_flash_attention_available()
         )
+        self._padded = [torch.empty(0)] * 3
+        self.uses_cudnn = self._has_flash and capability >= (9, 0) and _cudnn_works(self._draw)
 
     def prepare_thread(self, max_queries: int, max_keys: int) -> None:
         """Make the calling thread's plans for chunks of up to `max_queries` in sequences of `max_keys`."""
