@@ -26,9 +26,10 @@ from kvrelay.engine.interface import (
     StepOutput,
 )
 from kvrelay.engine.kv_progress import KVProgress, announce_prefix_hit
-from kvrelay.engine.scheduler import Scheduler, SchedulerLimits
+from kvrelay.engine.scheduler import Scheduler
 from kvrelay.engine.sequence import Chunk, LiveSequence, Purpose
 from kvrelay.engine.step_cost import StepCost
+from kvrelay.engine.step_plan import SchedulerLimits
 
 ReadClock = Callable[[], float]
 """Seconds since an arbitrary origin."""

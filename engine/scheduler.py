@@ -18,63 +18,20 @@ from __future__ import annotations
 from bisect import insort
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from operator import attrgetter
 
 from kvrelay.core.block_hash import root_hash
 from kvrelay.core.errors import DuplicateRequest, InvalidRequest, Overloaded
-from kvrelay.core.ids import BlockId
 from kvrelay.core.request import FinishReason, TokenRequest, check_fits_model
 from kvrelay.engine.block_pool import BlockPool
 from kvrelay.engine.host_tier import BlockCopy
 from kvrelay.engine.interface import EngineInfo, EngineLoad, Reservation, SequenceKey
 from kvrelay.engine.sequence import Chunk, LiveSequence, Purpose, Stage
-from kvrelay.engine.step_cost import StepCost, StepShape
+from kvrelay.engine.sequence_blocks import SequenceBlocks
+from kvrelay.engine.step_cost import StepCost
+from kvrelay.engine.step_plan import PrefillBudget, SchedulerLimits, StepPlan
 
 Prepare = Callable[[TokenRequest], object]
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerLimits:
-    """Bounds of one step and of the queue. A step holds at least one token of every running decode."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_waiting: int
-
-    def __post_init__(self) -> None:
-        assert self.max_num_batched_tokens >= self.max_num_seqs >= 1
-        assert self.max_waiting >= 0
-
-
-@dataclass(slots=True)
-class StepPlan:
-    """What to compute now. `admitted` started in this step; their prefix-cache hits are usable already.
-
-    `shape` is None until `measured` is called.
-    """
-
-    chunks: list[Chunk] = field(default_factory=list)
-    admitted: list[LiveSequence] = field(default_factory=list)
-    num_tokens: int = 0
-    shape: StepShape | None = None
-
-    def add(self, sequence: LiveSequence, num_tokens: int) -> None:
-        start = sequence.num_computed_tokens
-        samples = start + num_tokens == len(sequence.token_ids)
-        is_prefill = start < sequence.prefill_end_tokens
-        self.chunks.append(Chunk(sequence, start, num_tokens, samples, is_prefill))
-        self.num_tokens += num_tokens
-        if self.shape is not None:
-            self.shape.add(start, num_tokens, is_prefill=is_prefill)
-
-    def measured(self) -> StepShape:
-        """The step's shape so far, which is kept up to date from now on."""
-        if self.shape is None:
-            self.shape = StepShape()
-            for chunk in self.chunks:
-                self.shape.add(chunk.start, chunk.num_tokens, is_prefill=chunk.is_prefill)
-        return self.shape
 
 
 class Scheduler:
@@ -93,20 +50,17 @@ class Scheduler:
         step_cost: StepCost | None = None,
     ) -> None:
         self._prepare = prepare
-        self._step_cost = step_cost
         self._info = info
         self._pool = pool
+        self._blocks = SequenceBlocks(pool, info.block_size)
+        self._budget = PrefillBudget(limits.max_num_batched_tokens, info.block_size, step_cost)
         self._limits = limits
         self._live: dict[SequenceKey, LiveSequence] = {}
         self._waiting: deque[LiveSequence] = deque()
         self._running: list[LiveSequence] = []
         self._num_reserved = 0
-        self._late_blocks: list[list[BlockId]] = []
         self._num_arrivals = 0
         self._num_preemptions = 0
-        self._prefix_hit_tokens = 0
-        self._prefix_query_tokens = 0
-        self._host_hit_tokens = 0
 
     @property
     def pool(self) -> BlockPool:
@@ -135,7 +89,7 @@ class Scheduler:
         if len(self._running) + self._num_reserved >= self._limits.max_num_seqs:
             raise Overloaded(f"all {self._limits.max_num_seqs} decode slots are taken")
         sequence = self._new_sequence(request, key, Purpose.GENERATE, Stage.RESERVED)
-        if not self._take_blocks(sequence, num_spare_blocks=0):
+        if not self._blocks.take(sequence, num_spare_blocks=0):
             del self._live[key]
             raise Overloaded(
                 f"{len(request.token_ids)} tokens do not fit the {self._pool.num_free} KV blocks now free"
@@ -149,7 +103,7 @@ class Scheduler:
         if sequence is None or sequence.stage is not Stage.RESERVED:
             return
         sequence.num_computed_tokens = len(sequence.token_ids)
-        self._register_full_blocks(sequence)
+        self._blocks.register(sequence)
         sequence.token_ids.append(first_token_id)
         if self._finish_reason(sequence, first_token_id) is not None:
             self.release(key)
@@ -168,7 +122,7 @@ class Scheduler:
             self._running.remove(sequence)
         elif sequence.stage is Stage.RESERVED:
             self._num_reserved -= 1
-        self._free_blocks(sequence)
+        self._blocks.free(sequence)
 
     def reserved(self, key: SequenceKey) -> LiveSequence | None:
         """The sequence under `key`, if its KV is still to arrive."""
@@ -208,8 +162,8 @@ class Scheduler:
                 return []
             if chunk is not None and sequence.ends_with_length(start + 1, self._info.max_model_len):
                 continue
-            if start >= len(sequence.block_table) * self._info.block_size:
-                sequence.block_table += self._pool.allocate(1, after=sequence.block_table[-1])
+            if not self._blocks.holds(sequence, start + 1):
+                self._blocks.grow(sequence)
             ahead.append(Chunk(sequence, start, 1, samples=True, is_prefill=False))
         return ahead
 
@@ -219,16 +173,14 @@ class Scheduler:
             chunk.sequence.is_ahead = False
         for chunk in ahead:
             chunk.sequence.is_ahead = True
-        late_blocks, self._late_blocks = self._late_blocks, []
-        for block_table in late_blocks:
-            self._pool.release(block_table)
+        self._blocks.free_late()
 
     def mark_computed(self, chunk: Chunk) -> None:
         """The chunk's KV is final: register the blocks it has filled."""
         sequence = chunk.sequence
         sequence.num_computed_tokens = chunk.end
         if chunk.end // self._info.block_size > sequence.num_registered_blocks:
-            self._register_full_blocks(sequence)
+            self._blocks.register(sequence)
 
     def append_token(self, sequence: LiveSequence, token_id: int) -> FinishReason | None:
         """The next token was drawn. A finished sequence is freed, a prefill-only one is held from now on."""
@@ -243,7 +195,7 @@ class Scheduler:
 
     def take_copies(self) -> list[BlockCopy]:
         """What is to be copied between device and host before anything else happens to the blocks."""
-        return [] if self._pool.host_tier is None else self._pool.host_tier.take_copies()
+        return self._blocks.take_copies()
 
     def load(self) -> EngineLoad:
         tier = self._pool.host_tier
@@ -256,19 +208,16 @@ class Scheduler:
             num_cached_blocks=self._pool.num_cached,
             num_empty_blocks=self._pool.num_empty,
             num_preemptions=self._num_preemptions,
-            prefix_hit_tokens=self._prefix_hit_tokens,
-            prefix_query_tokens=self._prefix_query_tokens,
+            prefix_hit_tokens=self._blocks.prefix_hit_tokens,
+            prefix_query_tokens=self._blocks.prefix_query_tokens,
             num_host_blocks=0 if tier is None else tier.num_slots,
             num_used_host_blocks=0 if tier is None else tier.num_used,
-            host_hit_tokens=self._host_hit_tokens,
+            host_hit_tokens=self._blocks.host_hit_tokens,
         )
 
     def check(self) -> None:
         """Assert every invariant; for tests."""
-        self._pool.check()
-        held = {block for sequence in self._live.values() for block in sequence.block_table}
-        held |= {block for block_table in self._late_blocks for block in block_table}
-        assert len(held) == self._pool.num_held, "a block is held that no live sequence names"
+        self._blocks.check(self._live.values())
         assert self._running == sorted(self._running, key=attrgetter("arrival"))
         assert all(sequence.stage is Stage.RUNNING for sequence in self._running)
         assert all(sequence.stage is Stage.WAITING and not sequence.block_table for sequence in self._waiting)
@@ -313,51 +262,21 @@ class Scheduler:
         else:
             insort(self._running, sequence, key=attrgetter("arrival"))
 
-    def _match_prefix(self, sequence: LiveSequence) -> list[BlockId | None]:
-        """Cached blocks of its prefix, None where the host has it; never of all its tokens: the last token
-        must be computed."""
-        block_size = self._info.block_size
-        num_matchable = (len(sequence.token_ids) - 1) // block_size
-        return self._pool.match_prefix(
-            sequence.block_hash(index, block_size) for index in range(num_matchable)
-        )
-
-    def _num_missing(self, sequence: LiveSequence, matched: Sequence[BlockId | None]) -> int:
-        """Free blocks that the sequence would use up, cached ones that it takes over included."""
-        num_blocks = -(-len(sequence.token_ids) // self._info.block_size)
-        on_device = [block for block in matched if block is not None]
-        return num_blocks - len(on_device) + self._pool.num_unheld(on_device)
-
     def _can_admit(self, sequence: LiveSequence) -> bool:
         if len(self._running) + self._num_reserved >= self._limits.max_num_seqs:
             return False
-        num_missing = self._num_missing(sequence, self._match_prefix(sequence))
-        return num_missing + self._num_spare_blocks() <= self._pool.num_free
+        return self._blocks.fits(sequence, self._num_spare_blocks())
 
     def _num_spare_blocks(self) -> int:
         """Room left for running sequences to grow, so that admitting one interrupts no other at once."""
         return len(self._running)
 
-    def _take_blocks(self, sequence: LiveSequence, num_spare_blocks: int) -> bool:
-        matched = self._match_prefix(sequence)
-        if self._num_missing(sequence, matched) + num_spare_blocks > self._pool.num_free:
-            return False
-        block_size = self._info.block_size
-        num_blocks = -(-len(sequence.token_ids) // block_size)
-        sequence.block_table = self._pool.take(matched, sequence.hashes[: len(matched)], num_blocks)
-        sequence.num_registered_blocks = len(matched)
-        sequence.num_cached_tokens = sequence.num_computed_tokens = len(matched) * block_size
-        self._prefix_hit_tokens += sequence.num_cached_tokens
-        self._host_hit_tokens += matched.count(None) * block_size
-        self._prefix_query_tokens += len(sequence.token_ids)
-        return True
-
     def _admit_waiting(self, plan: StepPlan) -> None:
-        while self._waiting and self._num_prefill_tokens(plan, start=0, num_left=self._info.block_size):
+        while self._waiting and self._budget.has_room(plan):
             sequence = self._waiting[0]
             if len(self._running) + self._num_reserved >= self._limits.max_num_seqs:
                 return
-            if not self._take_blocks(sequence, self._num_spare_blocks()):
+            if not self._blocks.take(sequence, self._num_spare_blocks()):
                 return
             self._waiting.popleft()
             sequence.prefill_end_tokens = len(sequence.token_ids)
@@ -367,33 +286,15 @@ class Scheduler:
 
     def _add_prefill(self, plan: StepPlan, sequence: LiveSequence) -> None:
         start = sequence.num_computed_tokens
-        num_tokens = self._num_prefill_tokens(plan, start, len(sequence.token_ids) - start)
+        num_tokens = self._budget.num_tokens(plan, start, len(sequence.token_ids) - start)
         if num_tokens:
             plan.add(sequence, num_tokens)
-
-    def _num_prefill_tokens(self, plan: StepPlan, start: int, num_left: int) -> int:
-        """How much of a prefill that stands at `start` the step takes: 0 where it has no room."""
-        num_room = self._limits.max_num_batched_tokens - plan.num_tokens
-        if self._step_cost is None or not plan.measured().num_decode_rows:
-            return min(num_left, num_room)
-        shape, block_size = plan.measured(), self._info.block_size
-        num_allowed = self._step_cost.max_prefill_tokens(shape, start)
-        is_first = not shape.num_prefill_tokens
-        if is_first:
-            num_allowed = max(num_allowed, block_size - start % block_size)
-        num_allowed = min(num_allowed, num_room)
-        if num_left <= num_allowed:
-            return num_left
-        num_to_boundary = num_allowed - (start + num_allowed) % block_size
-        if num_to_boundary > 0:
-            return num_to_boundary
-        return num_allowed if is_first else 0
 
     def _grow(self, sequence: LiveSequence) -> bool:
         """Make room for one more token. False: the sequence itself was interrupted."""
         if sequence.stage is not Stage.RUNNING:
             return False
-        if len(sequence.token_ids) <= len(sequence.block_table) * self._info.block_size:
+        if self._blocks.holds(sequence, len(sequence.token_ids)):
             return True
         while self._pool.num_free == 0:
             victim = next(
@@ -403,30 +304,15 @@ class Scheduler:
             self._preempt(victim)
             if victim is sequence:
                 return False
-        sequence.block_table += self._pool.allocate(1, after=sequence.block_table[-1])
+        self._blocks.grow(sequence)
         return True
 
     def _preempt(self, sequence: LiveSequence) -> None:
         self._running.remove(sequence)
-        self._free_blocks(sequence)
+        self._blocks.free(sequence)
         sequence.stage = Stage.WAITING
         self._waiting.appendleft(sequence)
         self._num_preemptions += 1
-
-    def _free_blocks(self, sequence: LiveSequence) -> None:
-        if sequence.is_ahead:
-            self._late_blocks.append(sequence.block_table)
-        else:
-            self._pool.release(sequence.block_table)
-        sequence.block_table = []
-        sequence.num_computed_tokens = sequence.num_cached_tokens = sequence.num_registered_blocks = 0
-
-    def _register_full_blocks(self, sequence: LiveSequence) -> None:
-        block_size = self._info.block_size
-        num_full = sequence.num_computed_tokens // block_size
-        for index in range(sequence.num_registered_blocks, num_full):
-            self._pool.register(sequence.block_table[index], sequence.block_hash(index, block_size))
-        sequence.num_registered_blocks = num_full
 
     def _finish_reason(self, sequence: LiveSequence, token_id: int) -> FinishReason | None:
         return sequence.finish_reason(token_id, self._info.eos_token_ids, self._info.max_model_len)

@@ -17,7 +17,7 @@ from kvrelay.engine.model.parallel import Shard
 from kvrelay.engine.model.weights import model_digest
 from kvrelay.engine.model_runner import ModelRunner
 from kvrelay.engine.paged_engine import Executor, PagedEngine
-from kvrelay.engine.scheduler import SchedulerLimits
+from kvrelay.engine.step_plan import SchedulerLimits
 from kvrelay.engine.tensor_parallel.collectives import TorchCollectives
 from kvrelay.engine.tensor_parallel.followers import Followers
 from kvrelay.engine.torch_rank import EnginePlan, OnProgress, TorchRank, open_device, plan_engine

@@ -11,19 +11,17 @@ H100, Llama-3.1-8B's heads, 8,192 queries over 32,768 keys: 10.8 ms by FlashAtte
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
+from kvrelay.engine.cuda.attention_lengths import LADDER_FROM, ladder, padded_length, pieces
 from kvrelay.engine.cuda.kernels import next_power_of_two
 from kvrelay.engine.cuda.merge_kernel import merge_attended_kernel
 
-LADDER_FROM: Final = 1024
-"""Shorter chunks gain too little by cuDNN."""
-_STEPS_PER_OCTAVE: Final = 8
 _QUERY_PIECES: Final = (8192, 4096, 2048, 1024, 512, 256)
 _KEY_PIECES: Final = (16384, 8192, 4096, 2048, 1024)
 _TOLERANCE: Final = 0.03
@@ -48,13 +46,15 @@ class PrefillAttention:
     ) -> None:
         self._shape = (num_heads, num_kv_heads, head_dim)
         self._device = device
-        self._has_flash = dtype is torch.bfloat16 and head_dim % 8 == 0
-        self._padded = [torch.empty(0)] * 3
-        self.uses_cudnn = (
-            self._has_flash
-            and torch.cuda.get_device_capability(device) >= (9, 0)
-            and _cudnn_works(self._draw)
+        capability = torch.cuda.get_device_capability(device)
+        self._has_flash = (
+            dtype is torch.bfloat16
+            and head_dim % 8 == 0
+            and capability >= (8, 0)
+            and torch.backends.cuda.is_flash_attention_available()
         )
+        self._padded = [torch.empty(0)] * 3
+        self.uses_cudnn = self._has_flash and capability >= (9, 0) and _cudnn_works(self._draw)
 
     def prepare_thread(self, max_queries: int, max_keys: int) -> None:
         """Make the calling thread's plans for chunks of up to `max_queries` in sequences of `max_keys`."""
@@ -131,31 +131,6 @@ class PrefillAttention:
         return tuple(  # type: ignore[return-value]
             torch.randn((*shape, head_dim), dtype=torch.bfloat16, device=self._device) for shape in shapes
         )
-
-
-def padded_length(length: int) -> int:
-    """The next length of the ladder: eight in each octave."""
-    step = max(next_power_of_two(length) // (2 * _STEPS_PER_OCTAVE), LADDER_FROM // _STEPS_PER_OCTAVE)
-    return -(-length // step) * step
-
-
-def ladder(max_length: int) -> list[int]:
-    """Every padded length of up to `max_length` tokens."""
-    lengths = []
-    length = LADDER_FROM
-    while length <= max_length:
-        lengths.append(padded_length(length))
-        length = lengths[-1] + 1
-    return lengths
-
-
-def pieces(length: int, sizes: tuple[int, ...]) -> Iterator[slice]:
-    """Cut `length`, a multiple of the last size, into pieces of these sizes, largest first."""
-    start = 0
-    for size in sizes:
-        while length - start >= size:
-            yield slice(start, start + size)
-            start += size
 
 
 def _heads_first(rows: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from kvrelay.engine.config import EngineConfig
 from kvrelay.engine.host_tier import num_host_blocks
 from kvrelay.engine.interface import EngineInfo
 from kvrelay.engine.paged_engine import PagedEngine, ReadClock
-from kvrelay.engine.scheduler import SchedulerLimits
 from kvrelay.engine.sim.executor import SimExecutor, Sleep
+from kvrelay.engine.step_plan import SchedulerLimits
 
 NUM_LAYERS: Final = 4
 DEFAULT_MAX_MODEL_LEN: Final = 8192

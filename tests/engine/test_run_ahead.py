@@ -6,8 +6,8 @@ from random import Random
 
 import pytest
 
-from kvrelay.core.errors import Overloaded
 from kvrelay.engine.sim.timing import SimTiming
+from tests.engine.random_traffic import run_random_traffic
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -35,25 +35,7 @@ def test_random_traffic_gives_the_tokens_of_an_engine_that_waits(
             itl_promise_ms=random.choice([None, 7.5, 0.001]),
         )
     )
-    waiting, released = list(enumerate(requests)), set()
-    while waiting or driver.engine.has_work():
-        while waiting and random.random() < 0.3:
-            index, request = waiting[0]
-            try:
-                driver.engine.submit(request, f"k{index}")
-            except Overloaded:
-                break
-            waiting.pop(0)
-        driver.step()
-        if random.random() < 0.05:
-            index = random.randrange(60)
-            released.add(f"k{index}")
-            driver.engine.release(f"k{index}")
-    for index, tokens in enumerate(expected):
-        got = driver.tokens(f"k{index}")
-        assert got == (tokens[: len(got)] if f"k{index}" in released else tokens)
-    assert driver.failures == []
-    assert driver.engine.load().num_held_blocks == 0
+    run_random_traffic(driver, requests, expected, random, eagerness=0.3)
     assert driver.engine._executor.num_ahead > 20
 
 

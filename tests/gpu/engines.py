@@ -75,15 +75,35 @@ def build(model: Path, device: str, **changes: Any) -> TorchEngine:
 
 
 def answers(engine: TorchEngine, asks: list[Ask]) -> list[list[int]]:
-    found: list[list[int]] = [[] for _ in asks]
-    for index, (prompt, sampling) in enumerate(asks):
-        request = TokenRequest(tuple(prompt), len(prompt), sampling)
-        engine.submit(request, SequenceKey(str(index)))
-    while engine.has_work():
-        step = engine.step()
-        assert not step.failures
-        for output in step.outputs:
-            found[int(output.key)].append(output.token_id)
+    """All asked at once."""
+    return answers_to(
+        engine, [TokenRequest(tuple(prompt), len(prompt), sampling) for prompt, sampling in asks]
+    )
+
+
+def answers_to(
+    engine: TorchEngine, requests: list[TokenRequest], *, together: int | None = None
+) -> list[list[int]]:
+    """So many asked at once, None: all."""
+    found: list[list[int]] = [[] for _ in requests]
+    together = together or len(requests)
+    for start in range(0, len(requests), together):
+        for index in range(start, min(start + together, len(requests))):
+            engine.submit(requests[index], SequenceKey(str(index)))
+        while engine.has_work():
+            step = engine.step()
+            assert not step.failures
+            for output in step.outputs:
+                found[int(output.key)].append(output.token_id)
     engine.check()
     assert engine.load().num_held_blocks == 0
     return found
+
+
+def check_all_ways(engine: TorchEngine, asks: list[Ask], expected: list[list[int]]) -> None:
+    """Graphs a step ahead, graphs alone, and one kernel after the other give these tokens."""
+    assert answers(engine, asks) == expected
+    engine._ahead_executor = None
+    assert answers(engine, asks) == expected, "graphs that wait for each step's tokens"
+    engine._executor._fits_graph = lambda chunks: False  # type: ignore[attr-defined]
+    assert answers(engine, asks) == expected, "no graphs at all"

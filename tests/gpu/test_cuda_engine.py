@@ -15,7 +15,7 @@ import torch
 
 from kvrelay.core.errors import ConfigError
 from kvrelay.core.sampling import SamplingParams
-from tests.gpu.engines import SHAPE, Ask, answers, build
+from tests.gpu.engines import SHAPE, Ask, answers, build, check_all_ways
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -52,12 +52,7 @@ def mixed() -> list[Ask]:
 @pytest.mark.parametrize("asks", [greedy(), mixed()], ids=["greedy", "mixed"])
 def test_tokens_are_the_cpus(model: Path, asks: Any) -> None:
     expected = answers(build(model, "cpu"), asks)
-    engine = build(model, "cuda")
-    assert answers(engine, asks) == expected
-    engine._ahead_executor = None
-    assert answers(engine, asks) == expected, "graphs that wait for each step's tokens"
-    engine._executor._fits_graph = lambda chunks: False  # type: ignore[attr-defined]
-    assert answers(engine, asks) == expected, "no graphs at all"
+    check_all_ways(build(model, "cuda"), asks, expected)
 
 
 @needs_gpu

@@ -24,6 +24,7 @@ from kvrelay.engine.cuda.pinned_memory import PinnedMemory
 from kvrelay.engine.host_tier import BlockCopy
 from kvrelay.engine.interface import KVReady, SequenceKey
 from kvrelay.engine.torch_engine import TorchEngine
+from tests.gpu.engines import answers_to
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -93,21 +94,6 @@ def requests(num: int, max_tokens: int) -> list[TokenRequest]:
     return found
 
 
-def answers(engine: TorchEngine, asked: list[TokenRequest], *, together: int) -> list[list[int]]:
-    found: list[list[int]] = [[] for _ in asked]
-    for start in range(0, len(asked), together):
-        for index in range(start, min(start + together, len(asked))):
-            engine.submit(asked[index], SequenceKey(str(index)))
-        while engine.has_work():
-            step = engine.step()
-            assert not step.failures
-            for output in step.outputs:
-                found[int(output.key)].append(output.token_id)
-    engine.check()
-    assert engine.load().num_held_blocks == 0
-    return found
-
-
 @needs_gpu
 def test_blocks_move_as_by_plain_copies_beside_a_busy_stream() -> None:
     """The engine's stream and both copies run late by chance; a step overwrites blocks in between."""
@@ -139,7 +125,7 @@ def test_blocks_move_as_by_plain_copies_beside_a_busy_stream() -> None:
 @pytest.mark.parametrize("together", [1, 6])
 def test_tokens_are_those_of_a_pool_with_room_for_all(model: Path, together: int) -> None:
     asked = requests(12, max_tokens=24)
-    expected = answers(build(model, "cpu", ROOMY), asked, together=1)
+    expected = answers_to(build(model, "cpu", ROOMY), asked, together=1)
     for ahead, graphs in ((True, True), (False, True), (False, False)):
         engine = build(model, "cuda", TIERED)
         executor: Any = engine._executor
@@ -148,7 +134,7 @@ def test_tokens_are_those_of_a_pool_with_room_for_all(model: Path, together: int
         if not graphs:
             executor._fits_graph = lambda chunks: False
         for _ in range(3):
-            assert answers(engine, asked, together=together) == expected, (ahead, graphs)
+            assert answers_to(engine, asked, together=together) == expected, (ahead, graphs)
         load = engine.load()
         assert load.host_hit_tokens > 1000
         assert load.num_used_host_blocks <= load.num_host_blocks == 500
@@ -160,9 +146,9 @@ def test_interrupted_sequences_come_back_from_the_host(model: Path) -> None:
         TokenRequest(item.token_ids[:100], 100, SamplingParams(max_tokens=200, ignore_eos=True))
         for item in requests(8, 1)
     ]
-    expected = answers(build(model, "cuda", ROOMY), asked, together=8)
+    expected = answers_to(build(model, "cuda", ROOMY), asked, together=8)
     engine = build(model, "cuda", TIERED)
-    assert answers(engine, asked, together=8) == expected
+    assert answers_to(engine, asked, together=8) == expected
     load = engine.load()
     assert load.num_preemptions > 0
     assert load.host_hit_tokens > 0
@@ -172,7 +158,7 @@ def test_interrupted_sequences_come_back_from_the_host(model: Path) -> None:
 def test_handoffs_between_two_tiered_engines_give_the_same_tokens(model: Path) -> None:
     """Gathered as soon as it is announced, on the store's own stream, and scattered into evicted blocks."""
     asked = requests(8, max_tokens=12)
-    expected = answers(build(model, "cpu", ROOMY), asked, together=1)
+    expected = answers_to(build(model, "cpu", ROOMY), asked, together=1)
     source, target = build(model, "cuda", TIERED), build(model, "cuda", TIERED)
     staging = source.kv.allocate_staging(1024 * source.kv.layout.token_bytes)
     for turn in range(3):

@@ -13,7 +13,8 @@ import torch
 from kvrelay.core.errors import ConfigError
 from kvrelay.core.sampling import SamplingParams
 from kvrelay.engine.torch_engine import TorchEngine
-from tests.gpu.test_cuda_engine import SHAPE, answers, build, greedy, mixed
+from tests.gpu.engines import SHAPE, answers, build, check_all_ways
+from tests.gpu.test_cuda_engine import greedy, mixed
 
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
@@ -48,11 +49,7 @@ def test_two_gpus_give_the_tokens_of_one(folder: Path, asks: list[tuple[list[int
     with engine_of(folder, "cuda", 1) as engine:
         expected = answers(engine, asks)
     with engine_of(folder, "cuda", 2) as engine:
-        assert answers(engine, asks) == expected
-        engine._ahead_executor = None
-        assert answers(engine, asks) == expected, "graphs that wait for each step's tokens"
-        engine._executor._fits_graph = lambda chunks: False  # type: ignore[attr-defined]
-        assert answers(engine, asks) == expected, "no graphs at all"
+        check_all_ways(engine, asks, expected)
 
 
 @needs_two

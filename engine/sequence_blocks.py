@@ -1,0 +1,101 @@
+"""The blocks of sequences: found in the prefix cache, taken, grown, registered and freed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from kvrelay.core.ids import BlockId
+from kvrelay.engine.block_pool import BlockPool
+from kvrelay.engine.host_tier import BlockCopy
+from kvrelay.engine.sequence import LiveSequence
+
+
+class SequenceBlocks:
+    """Over one pool. Blocks that a step under way still writes are freed when it has landed."""
+
+    def __init__(self, pool: BlockPool, block_size: int) -> None:
+        self.pool = pool
+        self._block_size = block_size
+        self._late_blocks: list[list[BlockId]] = []
+        self.prefix_hit_tokens = 0
+        self.prefix_query_tokens = 0
+        self.host_hit_tokens = 0
+
+    def fits(self, sequence: LiveSequence, num_spare_blocks: int) -> bool:
+        """Whether `take` would find room."""
+        return self._has_room(sequence, self._match_prefix(sequence), num_spare_blocks)
+
+    def take(self, sequence: LiveSequence, num_spare_blocks: int) -> bool:
+        """Take blocks for all of its tokens and leave `num_spare_blocks`; False: there is no room."""
+        matched = self._match_prefix(sequence)
+        if not self._has_room(sequence, matched, num_spare_blocks):
+            return False
+        num_blocks = self._num_blocks(sequence)
+        sequence.block_table = self.pool.take(matched, sequence.hashes[: len(matched)], num_blocks)
+        sequence.num_registered_blocks = len(matched)
+        sequence.num_cached_tokens = sequence.num_computed_tokens = len(matched) * self._block_size
+        self.prefix_hit_tokens += sequence.num_cached_tokens
+        self.host_hit_tokens += matched.count(None) * self._block_size
+        self.prefix_query_tokens += len(sequence.token_ids)
+        return True
+
+    def holds(self, sequence: LiveSequence, num_tokens: int) -> bool:
+        """Whether its blocks have room for so many tokens."""
+        return num_tokens <= len(sequence.block_table) * self._block_size
+
+    def grow(self, sequence: LiveSequence) -> None:
+        """One block more; the pool has one."""
+        sequence.block_table += self.pool.allocate(1, after=sequence.block_table[-1])
+
+    def register(self, sequence: LiveSequence) -> None:
+        """Its first `num_computed_tokens` are final: the blocks that they fill join the prefix cache."""
+        block_size = self._block_size
+        num_full = sequence.num_computed_tokens // block_size
+        for index in range(sequence.num_registered_blocks, num_full):
+            self.pool.register(sequence.block_table[index], sequence.block_hash(index, block_size))
+        sequence.num_registered_blocks = max(num_full, sequence.num_registered_blocks)
+
+    def free(self, sequence: LiveSequence) -> None:
+        """All of its blocks: now, or when the step that computes it has landed."""
+        if sequence.is_ahead:
+            self._late_blocks.append(sequence.block_table)
+        else:
+            self.pool.release(sequence.block_table)
+        sequence.block_table = []
+        sequence.num_computed_tokens = sequence.num_cached_tokens = sequence.num_registered_blocks = 0
+
+    def free_late(self) -> None:
+        """The step under way has landed."""
+        late_blocks, self._late_blocks = self._late_blocks, []
+        for block_table in late_blocks:
+            self.pool.release(block_table)
+
+    def take_copies(self) -> list[BlockCopy]:
+        """What is to be copied between device and host before anything else happens to the blocks."""
+        return [] if self.pool.host_tier is None else self.pool.host_tier.take_copies()
+
+    def check(self, live: Iterable[LiveSequence]) -> None:
+        """Assert every invariant; for tests."""
+        self.pool.check()
+        held = {block for sequence in live for block in sequence.block_table}
+        held |= {block for block_table in self._late_blocks for block in block_table}
+        assert len(held) == self.pool.num_held, "a block is held that no live sequence names"
+
+    def _num_blocks(self, sequence: LiveSequence) -> int:
+        return -(-len(sequence.token_ids) // self._block_size)
+
+    def _match_prefix(self, sequence: LiveSequence) -> list[BlockId | None]:
+        """Cached blocks of its prefix, None where the host has it; never of all its tokens: the last token
+        must be computed."""
+        num_matchable = (len(sequence.token_ids) - 1) // self._block_size
+        return self.pool.match_prefix(
+            sequence.block_hash(index, self._block_size) for index in range(num_matchable)
+        )
+
+    def _has_room(
+        self, sequence: LiveSequence, matched: Sequence[BlockId | None], num_spare_blocks: int
+    ) -> bool:
+        """Cached blocks that it takes over are free ones that it uses up, too."""
+        on_device = [block for block in matched if block is not None]
+        num_missing = self._num_blocks(sequence) - len(on_device) + self.pool.num_unheld(on_device)
+        return num_missing + num_spare_blocks <= self.pool.num_free

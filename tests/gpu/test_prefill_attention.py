@@ -1,0 +1,59 @@
+"""Attention of prefill chunks on a GPU, cuDNN's and FlashAttention's parts merged, against float32.
+
+Skipped where there is no GPU: `make test-gpu` runs them on a machine that has one.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 8, 2, 128
+TOLERANCE = 1e-2
+
+
+def draw(num_rows: int, num_heads: int) -> torch.Tensor:
+    return torch.randn(num_rows, num_heads, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+
+
+def expected(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    num_queries, num_keys = len(queries), len(keys)
+    mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device="cuda").tril_(num_keys - num_queries)
+    heads_first = [rows.float().transpose(0, 1).unsqueeze(0) for rows in (queries, keys, values)]
+    attended = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, enable_gqa=True)
+    return attended.squeeze(0).transpose(0, 1)
+
+
+@pytest.mark.parametrize("num_queries", [1, 100, 1000, 1024, 1500, 2048])
+@pytest.mark.parametrize("num_earlier", [0, 16, 1000, 1024, 1500, 3072, 5008])
+def test_chunks_attend_as_in_float32(num_queries: int, num_earlier: int) -> None:
+    from kvrelay.engine.cuda.prefill_attention import PrefillAttention
+
+    torch.manual_seed(num_queries * 10_000 + num_earlier)
+    attention = PrefillAttention(NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, torch.bfloat16, torch.device("cuda", 0))
+    queries = draw(num_queries, NUM_HEADS)
+    keys, values = (draw(num_earlier + num_queries, NUM_KV_HEADS) for _ in range(2))
+    if num_earlier:
+        found = attention.attend_after(
+            queries, keys[num_earlier:], values[num_earlier:], keys[:num_earlier], values[:num_earlier]
+        )
+    else:
+        found = attention.attend(queries, keys, values)
+    error = (found.float() - expected(queries, keys, values)).norm() / expected(queries, keys, values).norm()
+    assert error < TOLERANCE
+    assert found.shape == queries.shape
+
+
+def test_padding_of_an_earlier_chunk_does_not_show() -> None:
+    """The rows behind a padded chunk are those of longer ones before it."""
+    from kvrelay.engine.cuda.prefill_attention import PrefillAttention
+
+    attention = PrefillAttention(NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, torch.bfloat16, torch.device("cuda", 0))
+    long = [draw(2000, heads) for heads in (NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS)]
+    short = [draw(1100, heads) for heads in (NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS)]
+    fresh = attention.attend(*short).clone()
+    attention.attend(*long)
+    assert torch.equal(attention.attend(*short), fresh)
