@@ -13,8 +13,9 @@ The shape is Llama-3.1-8B's with random weights in bfloat16; no prompt is like a
 matter. A cell is INPUT:RATE, input tokens and Poisson arrivals a second. Per system and cell: TTFT, ITL over
 all gaps, `second` (second token minus first: the handover), in ms, and goodput, the share of all requests
 with TTFT <= 500 ms and their own p99 ITL <= 25 ms. For `vllm-1p1d` the first token counts when the prefill
-leg has returned it. A failed request is counted and left out of the times. What did not fit into `--limit-s`
-is named.
+leg has returned it. Kinder to handovers are `goodput later`, without the gap from the first to the second
+token, and `goodput of decode`, of what the decode server streams alone, from its own first token on. A failed
+request is counted and left out of the times. What did not fit into `--limit-s` is named.
 
 With `--json` all figures and every token's time are written after each cell; figures of `--earlier` such
 files, from the same GPUs, join the ratios. `--work` keeps logs and vLLM's compiled graphs for the next start.

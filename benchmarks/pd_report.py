@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 LOAD_PAIRS = ("ttft", "itl", "second")
+GOODPUTS = ("goodput", "goodput later", "goodput of decode")
 IDLE_NAMES = ("ttft", "second", "second max", "step")
 Figures = Mapping[str, float]
 
@@ -17,7 +18,7 @@ def load_line(figures: Figures) -> str:
         return text
     for name in LOAD_PAIRS:
         text += f"  {name} {figures[f'{name} p50']:.1f} / {figures[f'{name} p99']:.1f}"
-    return text + f"  goodput {figures['goodput']:.1%}"
+    return text + "  " + "  ".join(f"{name} {figures[name]:.1%}" for name in GOODPUTS)
 
 
 def idle_line(figures: Figures) -> str:
@@ -38,7 +39,7 @@ def print_ratios(systems: Mapping[str, Any]) -> None:
     others = [name for name in systems if name != "kvrelay"]
     if ours is None or not others:
         return
-    load_names = [f"{name} {share}" for name in LOAD_PAIRS for share in ("p50", "p99")] + ["goodput"]
+    load_names = [f"{name} {share}" for name in LOAD_PAIRS for share in ("p50", "p99")] + list(GOODPUTS)
     for kind, names in (("idle", list(IDLE_NAMES)), ("load", load_names)):
         for cell, figures in ours[kind].items():
             theirs = {other: systems[other][kind].get(cell, {}) for other in others}
@@ -59,7 +60,7 @@ def _ratio_line(name: str, ours: Figures, theirs: Mapping[str, Figures]) -> str:
 def _number(name: str, value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:.1%}" if name == "goodput" else f"{value:.0f}" if name == "failed" else f"{value:.1f}"
+    return f"{value:.1%}" if name in GOODPUTS else f"{value:.0f}" if name == "failed" else f"{value:.1f}"
 
 
 def _ratio(theirs: float | None, ours: float | None) -> str:
