@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from contextlib import suppress
@@ -23,6 +24,7 @@ from kvrelay.engine.tensor_parallel.host_memory import SharedHostMemory
 from kvrelay.engine.torch_rank import EnginePlan, TorchRank, open_device
 
 EXIT_FAILED = 1
+LEAVE_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,13 @@ class FollowerSetup:
 
 
 def run_follower(setup: FollowerSetup) -> None:
-    """The process's main function: returns when rank 0 closes the pipe, exits at once when it is gone."""
+    """The process's main function: returns when rank 0 closes the pipe, exits at once when it is gone.
+
+    Signals to stop go to all of a terminal's or a service's processes; rank 0 alone decides what they mean,
+    and needs the others until it has drained.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, name="parent-watch", daemon=True).start()
     logging.basicConfig(
         level="WARNING", format=f"%(asctime)s %(levelname)s rank {setup.shard.rank} %(message)s"
@@ -91,7 +99,11 @@ def _run(setup: FollowerSetup) -> None:
             else:
                 assert graphs is not None
                 graphs.replay(command)
+    leaving = threading.Timer(LEAVE_TIMEOUT_S, os._exit, (EXIT_FAILED,))  # a sum may wait for ever
+    leaving.daemon = True
+    leaving.start()
     collectives.close()
+    leaving.cancel()
 
 
 def _exit_with_parent() -> None:

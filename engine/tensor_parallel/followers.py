@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import multiprocessing
 import os
@@ -61,6 +62,7 @@ class Followers:
             theirs.close()
             self._pipes.append(mine)
             self._processes.append(process)
+        atexit.register(self._close_pipes)  # or multiprocessing would wait for them for ever
         threading.Thread(target=self._watch, name="rank-watch", daemon=True).start()
 
     @property
@@ -108,14 +110,18 @@ class Followers:
 
     def close(self) -> None:
         """Have the processes leave, and wait until they have."""
-        self._is_closing.set()
-        for pipe in self._pipes:
-            pipe.close()
+        atexit.unregister(self._close_pipes)
+        self._close_pipes()
         for process in self._processes:
             process.join(LEAVE_TIMEOUT_S)
             if process.is_alive():
                 process.kill()
                 process.join()
+
+    def _close_pipes(self) -> None:
+        self._is_closing.set()
+        for pipe in self._pipes:
+            pipe.close()
 
     def _memory(self, plan: EnginePlan) -> SharedHostMemory | None:
         if self._is_cuda:

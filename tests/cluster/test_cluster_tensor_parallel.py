@@ -52,6 +52,12 @@ async def test_kv_moves_between_degrees(
     await cluster.wait_idle()
     ranks = [pid for node in cluster.nodes.values() for pid in _ranks_of(node.popen.pid)]
     assert len(ranks) == prefill_ranks + decode_ranks - 2
+    for rank in ranks:  # as a terminal and systemd do, which signal all of a service's processes
+        os.kill(rank, signal.SIGINT)
+        os.kill(rank, signal.SIGTERM)
+    async with cluster.client() as client:
+        again = await client.complete(requests[0].token_ids, sampling=requests[0].sampling)
+    assert again.token_ids == answers[0].token_ids
     for node in cluster.nodes.values():
         node.stop()
         assert node.popen.returncode == 0

@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -158,3 +160,22 @@ def test_a_vocabulary_that_does_not_divide_is_padded() -> None:
     parts = torch.cat([vocabulary_part(matrix, Shard(rank, 2)) for rank in range(2)])
     assert torch.equal(parts[:5], matrix)
     assert parts[5:].tolist() == [[0, 0]]
+
+
+def test_a_process_that_forgets_to_close_ends_all_the_same(folder: Path) -> None:
+    code = (
+        "import sys; from kvrelay.engine.config import EngineConfig\n"
+        "from kvrelay.engine.torch_engine import TorchEngine\n"
+        "if __name__ == '__main__':\n"
+        "    engine = TorchEngine(EngineConfig(sys.argv[1], random_weights=True, num_blocks=20,\n"
+        "        num_threads=1, tensor_parallel_size=2))\n"
+        "    print(*engine._ranks.followers.pids)\n"
+    )
+    script = folder / "forgetful.py"
+    script.write_text(code)
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder)], capture_output=True, text=True, timeout=120, check=True
+    )
+    for pid in map(int, done.stdout.split()):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
