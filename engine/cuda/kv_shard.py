@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Final
 
@@ -102,9 +103,8 @@ class KVShard:
         if block_table not in self._tables:
             self.stream.run(lambda: self._tables.upload(block_table), ())
         table = self._tables.on_device(block_table)
-        if torch.cuda.current_device() == self.device.index:
-            return self.stream.launch(partial(copier.launch, raw, self._row_shape, table), after)
-        with torch.cuda.device(self.device):
+        is_here = torch.cuda.current_device() == self.device.index
+        with nullcontext() if is_here else torch.cuda.device(self.device):
             return self.stream.launch(partial(copier.launch, raw, self._row_shape, table), after)
 
     def _rows(self, block_table: tuple[BlockId, ...], tokens: range) -> TokenRows:

@@ -19,7 +19,9 @@ from kvrelay.engine.model.parallel import Shard
 if TYPE_CHECKING:
     from kvrelay.engine.cuda.symmetric_sum import SymmetricSum
 
-START_TIMEOUT: Final = timedelta(seconds=120)
+CONNECT_TIMEOUT: Final = timedelta(seconds=120)
+OPERATION_TIMEOUT: Final = timedelta(hours=1)
+"""The first sum waits for the rank that loads last; a rank that is gone is noticed by its process."""
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +62,7 @@ class TorchCollectives:
             store=store,
             rank=shard.rank,
             world_size=shard.size,
-            timeout=START_TIMEOUT,
+            timeout=OPERATION_TIMEOUT,
             device_id=device if is_cuda else None,
         )
         self._meeting = torch.zeros(1, device=device)

@@ -18,7 +18,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from kvrelay.core.errors import KVRelayError
 from kvrelay.engine.forward_pass import StepInputs
 from kvrelay.engine.model.parallel import Shard
-from kvrelay.engine.tensor_parallel.collectives import START_TIMEOUT, TorchCollectives
+from kvrelay.engine.tensor_parallel.collectives import CONNECT_TIMEOUT, TorchCollectives
 from kvrelay.engine.tensor_parallel.commands import Command, FollowerFailed, Loaded, Reply, Started
 from kvrelay.engine.tensor_parallel.host_memory import SharedHostMemory
 from kvrelay.engine.torch_rank import EnginePlan, TorchRank, open_device
@@ -70,7 +70,7 @@ def _run(setup: FollowerSetup) -> None:
     collectives = TorchCollectives(
         setup.shard,
         device.device,
-        TCPStore("127.0.0.1", setup.store_port, setup.shard.size, timeout=START_TIMEOUT),
+        TCPStore("127.0.0.1", setup.store_port, setup.shard.size, timeout=CONNECT_TIMEOUT),
         dtype=plan.dtype,
         hidden_size=plan.model_config.hidden_size,
         max_rows=plan.config.max_num_batched_tokens,

@@ -18,7 +18,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from kvrelay.core.errors import ConfigError, EngineFailed
 from kvrelay.engine.model.parallel import Shard
-from kvrelay.engine.tensor_parallel.collectives import START_TIMEOUT
+from kvrelay.engine.tensor_parallel.collectives import CONNECT_TIMEOUT
 from kvrelay.engine.tensor_parallel.commands import Command, FollowerFailed, Loaded, Reply, Started
 from kvrelay.engine.tensor_parallel.follower import EXIT_FAILED, FollowerSetup, run_follower
 from kvrelay.engine.tensor_parallel.host_memory import SharedHostMemory
@@ -45,7 +45,7 @@ class Followers:
     def __init__(self, plan: EnginePlan) -> None:
         self._is_cuda = plan.config.device != "cpu"
         size = plan.config.tensor_parallel_size
-        self.store = TCPStore("127.0.0.1", 0, size, True, START_TIMEOUT, wait_for_workers=False)
+        self.store = TCPStore("127.0.0.1", 0, size, True, CONNECT_TIMEOUT, wait_for_workers=False)
         self._memories = [self._memory(plan) for _ in range(1, size)]
         self._pipes: list[Connection[Command, Reply]] = []
         self._processes: list[SpawnProcess] = []

@@ -109,6 +109,24 @@ def test_ranks_give_the_tokens_of_one(folder: Path, tied: bool, num_threads: Non
     assert found[1] == found[0]
 
 
+def test_every_rank_brings_its_part_back_from_the_host(folder: Path, num_threads: None) -> None:
+    """A pool that holds two prompts of six: the others are in the host tier when they come again."""
+    small = {"num_blocks": 16, "max_num_seqs": 1, "max_model_len": 120}
+    found = []
+    for num_ranks, host_kv_bytes in ((1, 0), (2, 1 << 20)):
+        with engine_of(folder, num_ranks, host_kv_bytes=host_kv_bytes, **small) as engine:
+            answers = []
+            for turn in range(2):
+                for index in range(6):
+                    prompt = tuple((11 * index + 5 * position) % 250 for position in range(90))
+                    request = TokenRequest(prompt, 90, SamplingParams(max_tokens=6, ignore_eos=True))
+                    engine.submit(request, SequenceKey(f"{turn} {index}"))
+                    answers.append(tokens(engine)[f"{turn} {index}"])
+            found.append(answers)
+            assert (engine.load().host_hit_tokens > 0) == (num_ranks == 2)
+    assert found[1] == found[0]
+
+
 def test_a_lost_rank_fails_the_engine(folder: Path, num_threads: None) -> None:
     with engine_of(folder, 2) as engine:
         assert engine._ranks is not None
