@@ -7,6 +7,8 @@ all-reduce 17, 29 and 251. Queued one by one from Python, each takes the CPU 7 t
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
@@ -18,15 +20,21 @@ _ALIGNMENT_BYTES = 16
 class SymmetricSum:
     """Sums up to `max_rows` rows of `hidden_size` in one buffer that all ranks map.
 
+    A process can do so once: torch keeps the store of the first process group for all that have its name, and
+    the ranks of a second one would wait for those of the first, for two minutes.
+
     Raises:
         RuntimeError: the ranks' GPUs can't map each other's memory, or such rows don't divide between them.
     """
+
+    is_used_up: ClassVar[bool] = False
 
     def __init__(
         self, device: torch.device, dtype: torch.dtype, hidden_size: int, max_rows: int, num_ranks: int
     ) -> None:
         if hidden_size * dtype.itemsize % (_ALIGNMENT_BYTES * num_ranks):
             raise RuntimeError(f"rows of {hidden_size} do not divide between {num_ranks} ranks")
+        SymmetricSum.is_used_up = True
         world = dist.group.WORLD
         assert world is not None
         self._group = world.group_name

@@ -99,11 +99,18 @@ def _symmetric_sum(
     """None: on some rank it doesn't work; all agree on it."""
     from kvrelay.engine.cuda.symmetric_sum import SymmetricSum
 
+    if not _all_agree(not SymmetricSum.is_used_up, device):
+        logger.warning("sums go through NCCL, which takes longer: an earlier engine of a rank's process met")
+        return None
     found: SymmetricSum | None = None
     try:
         found = SymmetricSum(device, dtype, hidden_size, max_rows, shard.size)
     except (RuntimeError, ImportError, AttributeError) as error:
         logger.warning("sums go through NCCL, which takes longer: %s", error)
-    works = torch.tensor([int(found is not None)], device=device)
-    dist.all_reduce(works, dist.ReduceOp.MIN)
-    return found if works.item() else None
+    return found if _all_agree(found is not None, device) else None
+
+
+def _all_agree(mine: bool, device: torch.device) -> bool:
+    agreed = torch.tensor([int(mine)], device=device)
+    dist.all_reduce(agreed, dist.ReduceOp.MIN)
+    return bool(agreed.item())
