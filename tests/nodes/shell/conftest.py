@@ -72,6 +72,7 @@ class AttachedNode:
     is_gone: bool = False
 
     def send(self, *commands: Command) -> None:
+        self.load = None  # what it said before tells nothing of these
         self.outgoing.put_nowait(encode_router_frame(RouterFrame(commands)))
 
     def terminals(self, attempt: int) -> list[Report]:
