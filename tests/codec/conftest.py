@@ -11,7 +11,7 @@ from kvrelay.core.client_types import (
     SessionAsk,
     SessionUpdate,
 )
-from kvrelay.core.cluster_view import ClusterState, ModelInfo, NodeState
+from kvrelay.core.cluster_view import ClusterState, IndexState, ModelInfo, NodeState
 from kvrelay.core.errors import error_from_code
 from kvrelay.core.explanation import Candidate, Decision, Explanation, MeasuredRequest
 from kvrelay.core.kv import KVFingerprint
@@ -273,6 +273,7 @@ NODE_STATE = st.builds(
     transfer_address=words(),
     transport=words(),
     attached_s=SECONDS,
+    index_stale=st.booleans(),
 )
 CLUSTER = st.builds(
     ClusterState,
@@ -283,6 +284,7 @@ CLUSTER = st.builds(
     st.dictionaries(words(), UINT32, max_size=4),
     st.dictionaries(words(), UINT64, max_size=4),
     some(words()).map(tuple),
+    st.builds(IndexState, *[UINT64] * 4),
 )
 MODEL = st.builds(
     ModelInfo,

@@ -11,12 +11,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
-from kvrelay.core.block_hash import BlockHash, block_key, chain_hashes, root_hash
+from kvrelay.core.block_hash import BlockHash, block_key
 from kvrelay.core.ids import BlockId
 from kvrelay.core.kv_events import KVChanges
 from kvrelay.engine.block_pool import BlockPool
 from kvrelay.engine.change_log import ChangeLog
 from kvrelay.engine.host_tier import HostTier
+from kvrelay.router.block_keys import PromptBlocks
 from tests.engine.random_traffic import run_random_traffic
 
 BLOCK_SIZE = 4
@@ -139,9 +140,9 @@ def test_changes_of_an_engine_under_random_traffic_add_up_to_its_cache(
 
 
 def test_a_decode_nodes_generated_blocks_are_told_under_the_keys_of_the_next_turn(
-    build_sim, drive, request_of, prompt_of, move_kv
+    build_engine, drive, request_of, prompt_of, move_kv
 ):
-    source, target = drive(build_sim()), drive(build_sim(block_size=BLOCK_SIZE))
+    source, target = drive(build_engine()), drive(build_engine(block_size=BLOCK_SIZE))
     request, mirror = request_of(prompt_of(10), max_tokens=15), Mirror()
     mirror.follow(target.engine.take_kv_changes())
     source.engine.submit_prefill(request, "k")
@@ -154,9 +155,6 @@ def test_a_decode_nodes_generated_blocks_are_told_under_the_keys_of_the_next_tur
     answer = source.tokens("k") + target.tokens("k")
     conversation = [*request.token_ids, *answer]
     info = target.engine.info
-    keys = [
-        block_key(known)
-        for known in chain_hashes(conversation, info.block_size, root_hash(b"", info.fingerprint.digest))
-    ]
+    keys = PromptBlocks(conversation).keys(info.block_size, info.fingerprint.digest)
     assert len(conversation) == 25
-    assert mirror.device == set(keys[:6]), "24 of 25 tokens have KV: the last one was never computed"
+    assert mirror.device == set(keys.tolist()), "24 of 25 tokens have KV: the last one was never computed"
