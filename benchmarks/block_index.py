@@ -6,8 +6,8 @@ Blocks come in chains of 64; each chain goes to one node of 64, or to three of 1
 while the index fills, `full_store_us` once every block stored drops an older one, `longest_ms` the longest
 batch of both. A match is of a chain of 500 blocks, each time of another one, so that most of it comes from
 memory, or of one that was matched just before (`again`): every node of the cluster has a beginning of it, or
-one node all of it (`one_holder`). The dict of sets gets a tenth of the entries. Each index has a process of its
-own, so that the bytes are its alone.
+one node all of it (`one_holder`). The dict of sets gets a tenth of the entries. Each index has a process of
+its own, so that the bytes are its alone.
 """
 
 from __future__ import annotations

@@ -10,20 +10,15 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from typing import Final
 
 from kvrelay.core.kv_events import MAX_KEYS_PER_EVENT, KVChanges, KVEvent, merge_changes, split_changes
-
-MAX_BUFFERED_KEYS: Final = 1 << 18
 
 
 class KVFeed:
     """Keeps batches of at most `max_buffered_keys` keys for streams that are behind, a batch counting as one
     key more than it has; and the newest one in any case."""
 
-    def __init__(
-        self, max_buffered_keys: int = MAX_BUFFERED_KEYS, max_keys_per_event: int = MAX_KEYS_PER_EVENT
-    ) -> None:
+    def __init__(self, max_buffered_keys: int, max_keys_per_event: int = MAX_KEYS_PER_EVENT) -> None:
         self.next = 1
         """The number of the next batch."""
         self._max_buffered_keys = max_buffered_keys

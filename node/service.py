@@ -103,7 +103,7 @@ class NodeService:
             max_attempts=config.max_attempts_in_flight,
         )
         self._engine_load: EngineLoad = engine.load()
-        self._kv_feed = KVFeed()
+        self._kv_feed = KVFeed(config.max_buffered_kv_keys)
         self._links: list[RouterLink] = []
         self._link_of_epoch: dict[int, RouterLink] = {}
         self._events: deque[NodeEvent] = deque()

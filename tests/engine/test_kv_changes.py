@@ -139,11 +139,12 @@ def test_changes_of_an_engine_under_random_traffic_add_up_to_its_cache(
     assert bool(mirror.host) == bool(host_kv_bytes)
 
 
+@pytest.mark.parametrize("salt", [b"", b"tenant"])
 def test_a_decode_nodes_generated_blocks_are_told_under_the_keys_of_the_next_turn(
-    build_engine, drive, request_of, prompt_of, move_kv
+    build_engine, drive, request_of, prompt_of, move_kv, salt
 ):
     source, target = drive(build_engine()), drive(build_engine(block_size=BLOCK_SIZE))
-    request, mirror = request_of(prompt_of(10), max_tokens=15), Mirror()
+    request, mirror = request_of(prompt_of(10), max_tokens=15, salt=salt), Mirror()
     mirror.follow(target.engine.take_kv_changes())
     source.engine.submit_prefill(request, "k")
     source.run()
@@ -155,6 +156,6 @@ def test_a_decode_nodes_generated_blocks_are_told_under_the_keys_of_the_next_tur
     answer = source.tokens("k") + target.tokens("k")
     conversation = [*request.token_ids, *answer]
     info = target.engine.info
-    keys = PromptBlocks(conversation).keys(info.block_size, info.fingerprint.digest)
+    keys = PromptBlocks(conversation, salt).keys(info.block_size, info.fingerprint.digest)
     assert len(conversation) == 25
     assert mirror.device == set(keys.tolist()), "24 of 25 tokens have KV: the last one was never computed"

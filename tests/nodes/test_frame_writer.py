@@ -55,7 +55,7 @@ async def running_writer(load_interval_s: float = 60.0) -> AsyncIterator[tuple[F
     stream.is_open.set()
     writer = FrameWriter(
         cast(AttachStream, stream), WELCOME, Load().read, MonotonicClock(),
-        max_pending_tokens=1000, load_interval_s=load_interval_s, tokenizer=None, kv=KVFeed().cursor(),
+        max_pending_tokens=1000, load_interval_s=load_interval_s, tokenizer=None, kv=KVFeed(1000).cursor(),
     )  # fmt: skip
     running = asyncio.create_task(writer.run())
     try:

@@ -137,7 +137,7 @@ def numbers(events: Sequence[KVEvent]) -> list[tuple[int, int]]:
 
 
 def test_a_stream_begins_with_what_is_held_and_goes_on_from_there() -> None:
-    feed = KVFeed()
+    feed = KVFeed(1000)
     feed.record(stored(1, 2))
     feed.record(KVChanges(stored=(3,), removed=(1,)))
     cursor = feed.cursor()
@@ -150,7 +150,7 @@ def test_a_stream_begins_with_what_is_held_and_goes_on_from_there() -> None:
 
 
 def test_what_comes_while_a_snapshot_is_being_sent_comes_behind_it() -> None:
-    feed = KVFeed(max_keys_per_event=2)
+    feed = KVFeed(1000, max_keys_per_event=2)
     feed.record(stored(1, 2))
     feed.record(stored(3, 4))
     cursor = feed.cursor()
@@ -162,7 +162,7 @@ def test_what_comes_while_a_snapshot_is_being_sent_comes_behind_it() -> None:
 
 
 def test_batches_that_waited_go_as_one_event() -> None:
-    feed = KVFeed()
+    feed = KVFeed(1000)
     cursor = feed.cursor()
     read_all(cursor)
     for changes in (stored(1, 2), KVChanges(removed=(1,)), stored(1), KVChanges(removed=(2,))):
