@@ -4,7 +4,8 @@ Blocks go by their keys (`core.block_hash.block_key`). A node numbers its batche
 all routers. On one stream an event that says `cleared` is good whatever came before; any other must begin
 with the number behind the last one, or something is missing. A *snapshot* has the same form: it says
 `cleared`, holds all that the node has, and covers no batch of its own (`num_batches` 0), so that what comes
-behind it goes on with the number that it names."""
+behind it goes on with the number that it names.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-MAX_KEYS_PER_EVENT: Final = 8192
-"""Keys in one message; more are split."""
+MAX_KEYS_PER_EVENT: Final = 2048
+"""Keys in one message; more are split. A router takes a millisecond or two for so many."""
 
 
 class Tier(StrEnum):

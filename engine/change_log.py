@@ -10,9 +10,8 @@ MAX_CHANGES: Final = 1 << 16
 
 
 class ChangeLog:
-    """Which blocks came or went, by hash. It is *lost* at first, and again once more than `max_changes`
-    blocks
-    have changed since the last `take`: then it notes nothing, at next to no cost, until `restart`."""
+    """Which blocks came or went, by hash. It is *lost* at first, and again once more than `max_changes` have
+    changed since the last `take`: then it notes nothing, at next to no cost, until `restart`."""
 
     __slots__ = ("_changes", "_max_changes")
 

@@ -74,7 +74,7 @@ class KVIntake:
         self.num_events += event.changes.cleared or event.changes.num_keys > 0
         holdings.heard_s = now_s
         if not event.changes.cleared:
-            if holdings.next is None:
+            if holdings.asked_s is not None:
                 return False
             is_gap = (event.first, event.part) != (holdings.next, holdings.next_part)
             self.num_gaps += is_gap
