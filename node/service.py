@@ -270,16 +270,13 @@ class NodeService:
     def _perform(self, effect: NodeEffect) -> None:
         match effect:
             case SendFrame(router_epoch, tokens, reports):
-                link = self._link_of_epoch.get(router_epoch)
-                if link is not None:
+                if (link := self._link_of_epoch.get(router_epoch)) is not None:
                     link.send(tokens, reports)
             case CloseRouter(router_epoch, reason):
-                link = self._link_of_epoch.get(router_epoch)
-                if link is not None:
+                if (link := self._link_of_epoch.get(router_epoch)) is not None:
                     link.close_stream(reason)
             case TellKVSnapshot(router_epoch):
-                link = self._link_of_epoch.get(router_epoch)
-                if link is not None:
+                if (link := self._link_of_epoch.get(router_epoch)) is not None:
                     link.send_kv_snapshot()
             case OpenPush(spec):
                 try:
