@@ -23,18 +23,20 @@ from kvrelay.codec.cluster import (
 )
 from kvrelay.core.ids import AttemptId, NodeId
 from kvrelay.core.kv import KVFingerprint
+from kvrelay.core.kv_events import KVChanges, KVEvent
 from kvrelay.core.node_messages import (
+    AttemptCommand,
     AttemptFinished,
     HandoffVerified,
     KVReleased,
     NodeDescription,
     NodeFrame,
     PrefillFinished,
-    ReleaseKV,
     Report,
     Reserved,
     ReserveDecode,
     Role,
+    SendKVSnapshot,
     StartPrefill,
     TokenBatch,
 )
@@ -42,6 +44,8 @@ from kvrelay.core.request import FinishReason, TokenRequest
 from kvrelay.v1 import cluster_pb2_grpc
 
 END = grpc.aio.EOF  # type: ignore[attr-defined]  # missing in the stubs
+HOLDS_NOTHING = NodeFrame(kv=KVEvent(1, 0, KVChanges(cleared=True)))
+"""Or the router would hash every prompt to guess what the node holds."""
 CHANNEL_OPTIONS = (("grpc.max_receive_message_length", 64 << 20),)
 
 
@@ -70,6 +74,7 @@ class FakeNodes:
                 await call.write(encode_hello(_describe(name, role)))
                 await call.read()
                 self._frames[call] = asyncio.Queue(maxsize=1024)
+                await self._send(call, HOLDS_NOTHING)
                 group.create_task(self._write(call))
                 group.create_task(self._read(call))
                 group.create_task(self._beat(call))
@@ -88,9 +93,10 @@ class FakeNodes:
     async def _read(self, call: Any) -> None:
         while (received := await call.read()) is not END:
             for command in decode_router_frame(received).commands:
+                assert not isinstance(command, SendKVSnapshot), "nothing was missing"
                 await self._obey(call, command)
 
-    async def _obey(self, call: Any, command: StartPrefill | ReserveDecode | ReleaseKV) -> None:
+    async def _obey(self, call: Any, command: AttemptCommand) -> None:
         attempt = command.attempt
         if isinstance(command, StartPrefill):
             batch = TokenBatch([attempt], [command.request.num_output_tokens], [1], [7])
@@ -114,7 +120,7 @@ class FakeNodes:
     async def _beat(self, call: Any) -> None:
         while True:
             await asyncio.sleep(1.0)
-            await self._send(call, NodeFrame())
+            await self._send(call, HOLDS_NOTHING)
 
     async def _decode(self, call: Any) -> None:
         running, verified = self._running[call], set[int]()

@@ -16,6 +16,7 @@ from random import Random
 
 from kvrelay.core.ids import AttemptId, NodeId, RequestId
 from kvrelay.core.kv import KVFingerprint
+from kvrelay.core.kv_events import KVChanges, KVEvent
 from kvrelay.core.node_messages import (
     AttemptFinished,
     HandoffVerified,
@@ -67,6 +68,9 @@ def new_core(num_pairs: int = 1) -> RouterCore:
     for index in range(num_pairs):
         core.handle(NodeAttached(describe(f"p{index}", Role.PREFILL)), 0.0)
         core.handle(NodeAttached(describe(f"d{index}", Role.DECODE)), 0.0)
+        for node_id in (f"p{index}", f"d{index}"):
+            holds_nothing = KVEvent(1, 0, KVChanges(cleared=True))
+            core.handle(NodeReported(NodeId(node_id), kv=holds_nothing), 0.0)
     return core
 
 

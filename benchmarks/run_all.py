@@ -21,6 +21,7 @@ BENCHMARKS = (
     "client_stream",
     "proxy_streams",
     "router_core",
+    "block_index",
     "client_tokenize",
     "footprint",
 )

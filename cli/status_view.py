@@ -36,7 +36,7 @@ def headline(state: ClusterState) -> str:
 
 
 def footer_lines(state: ClusterState, models: Sequence[ModelInfo]) -> list[str]:
-    """Models, live requests, counters, and pairs of nodes that are not matched."""
+    """Models, live requests, counters, the block index, and pairs of nodes that are not matched."""
     served = [
         f"{model.name} ({model.num_prefill_nodes} prefill, {model.num_decode_nodes} decode,"
         f" {model.max_model_len} tokens of context)"
@@ -46,6 +46,7 @@ def footer_lines(state: ClusterState, models: Sequence[ModelInfo]) -> list[str]:
         f"models    {'; '.join(served) or 'none'}",
         f"requests  {format_mapping(state.num_requests)}",
         f"counters  {format_mapping(state.counters)}",
+        f"index     {_index_text(state)}",
         *(f"mismatch  {mismatch}" for mismatch in state.mismatches),
     ]
 
@@ -86,6 +87,17 @@ def _node_row(node: NodeState) -> tuple[str, ...]:
         node.transport or "-",
         "draining" if node.draining else "ready",
     )
+
+
+def _index_text(state: ClusterState) -> str:
+    """``1,200 of at most 10,000,000 blocks, 0.2 MB, 0 evicted; guessed for p0``."""
+    index = state.index
+    text = (
+        f"{index.num_entries:,} of at most {index.max_entries:,} blocks, {index.num_bytes / 1e6:.1f} MB,"
+        f" {index.num_evicted:,} evicted"
+    )
+    stale = sorted(node.node_id for node in state.nodes if node.index_stale)
+    return f"{text}; guessed for {', '.join(stale)}" if stale else text
 
 
 def counts_of(state: ClusterState) -> Mapping[str, int]:

@@ -1,4 +1,4 @@
-"""The frames of `Attach`, both ways. Hello and welcome, reports and token batches have files of their own."""
+"""The frames of `Attach`, both ways. Hello and welcome, reports, tokens and KV events have own files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Final
 
 from kvrelay.codec.bounds import MAX_CACHE_SALT_BYTES, length, text, token_ids, whole
+from kvrelay.codec.kv_event import decode_kv_event, encode_kv_event
 from kvrelay.codec.node_hello import (
     MAX_NAME_CHARS,
     decode_digest,
@@ -32,6 +33,7 @@ from kvrelay.core.node_messages import (
     ReleaseKV,
     ReserveDecode,
     RouterFrame,
+    SendKVSnapshot,
     StartPrefill,
     TokenBatch,
 )
@@ -75,6 +77,7 @@ def encode_node_frame(
         reports=[encode_report(report) for report in frame.reports],
         load=encode_node_load(frame.load) if frame.load is not None else None,
         tokenizer=encode_tokenizer_chunk(frame.tokenizer) if frame.tokenizer is not None else None,
+        kv=encode_kv_event(frame.kv) if frame.kv is not None else None,
     )
 
 
@@ -94,6 +97,7 @@ def decode_node_frame(
         reports=tuple(decode_report(report) for report in pb.reports) if pb.reports else (),
         load=decode_node_load(pb.load) if pb.HasField("load") else None,
         tokenizer=decode_tokenizer_chunk(pb.tokenizer) if pb.HasField("tokenizer") else None,
+        kv=decode_kv_event(pb.kv) if pb.HasField("kv") else None,
     )
 
 
@@ -164,13 +168,17 @@ def _encode_command(command: Command) -> cluster_pb2.Command:
             return cluster_pb2.Command(attempt=attempt, reserve_decode=reserve)
         case ReleaseKV(attempt):
             return cluster_pb2.Command(attempt=attempt, release_kv=cluster_pb2.ReleaseKV())
+        case SendKVSnapshot():
+            return cluster_pb2.Command(send_kv_snapshot=cluster_pb2.SendKVSnapshot())
 
 
 def _decode_command(pb: cluster_pb2.Command) -> Command:
+    kind = pb.WhichOneof("kind")
+    if kind == "send_kv_snapshot":
+        return SendKVSnapshot()
     if pb.attempt == 0:
         raise InvalidRequest("commands.attempt must be at least 1", field="commands.attempt")
     attempt = AttemptId(pb.attempt)
-    kind = pb.WhichOneof("kind")
     if kind == "start_prefill":
         return _decode_start_prefill(attempt, pb.start_prefill)
     if kind == "reserve_decode":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Final
 
 from kvrelay.codec.bounds import length, seconds, text, token_ids, whole
 from kvrelay.codec.cluster import decode_node_load, encode_node_load
 from kvrelay.codec.node_hello import MAX_NAME_CHARS, decode_digest
 from kvrelay.core.client_types import MAX_MODEL_CHARS
-from kvrelay.core.cluster_view import ClusterState, ModelInfo, NodeState
+from kvrelay.core.cluster_view import ClusterState, IndexState, ModelInfo, NodeState
 from kvrelay.core.errors import InvalidRequest
 from kvrelay.core.ids import NodeId
 from kvrelay.core.node_messages import Role
@@ -16,6 +17,7 @@ from kvrelay.v1 import router_pb2
 
 MAX_NODES: Final = 65_536
 MAX_MISMATCH_CHARS: Final = 4096
+_INDEX_FIELDS: Final = tuple(spec.name for spec in fields(IndexState))
 
 
 def encode_cluster_state(state: ClusterState) -> router_pb2.ClusterState:
@@ -28,6 +30,7 @@ def encode_cluster_state(state: ClusterState) -> router_pb2.ClusterState:
         num_requests=dict(state.num_requests),
         counters=dict(state.counters),
         mismatches=[text[:MAX_MISMATCH_CHARS] for text in state.mismatches],
+        index=router_pb2.BlockIndexState(**{name: getattr(state.index, name) for name in _INDEX_FIELDS}),
     )
 
 
@@ -46,6 +49,7 @@ def decode_cluster_state(pb: router_pb2.ClusterState) -> ClusterState:
         num_requests=dict(pb.num_requests),
         counters=dict(pb.counters),
         mismatches=tuple(entry[:MAX_MISMATCH_CHARS] for entry in pb.mismatches),
+        index=IndexState(*[getattr(pb.index, name) for name in _INDEX_FIELDS]),
     )
 
 
@@ -66,6 +70,7 @@ def _encode_node(node: NodeState) -> router_pb2.NodeState:
         transfer_address=node.transfer_address,
         transport=node.transport,
         attached_s=node.attached_s,
+        index_stale=node.index_stale,
     )
 
 
@@ -87,6 +92,7 @@ def _decode_node(pb: router_pb2.NodeState) -> NodeState:
         num_attempts=pb.num_attempts,
         load=decode_node_load(pb.load) if pb.HasField("load") else None,
         attached_s=seconds(pb.attached_s, "nodes.attached_s"),
+        index_stale=pb.index_stale,
         **names,
     )
 

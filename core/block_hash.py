@@ -36,10 +36,19 @@ def chain_hashes(
     """
     hashes = list(known)
     parent = hashes[-1] if hashes else root
-    for start in range(len(hashes) * block_size, len(token_ids) - block_size + 1, block_size):
-        parent = next_block_hash(parent, token_ids[start : start + block_size])
+    content = array("I", token_ids[len(hashes) * block_size :])
+    num_bytes = block_size * content.itemsize
+    raw = content.tobytes()
+    for start in range(0, len(raw) - num_bytes + 1, num_bytes):
+        parent = BlockHash(sha256(parent + raw[start : start + num_bytes]).digest())
         hashes.append(parent)
     return hashes
+
+
+def block_key(block_hash: BlockHash) -> int:
+    """A block's name in KV events and in the router's index, ``0 <= key < 2**64``: the first 8 bytes of its
+    hash. Good for a hint; what a node does with a block it decides by the whole hash."""
+    return int.from_bytes(block_hash[:8], "little")
 
 
 def sequence_digest(token_ids: Sequence[int], root: BlockHash) -> BlockHash:

@@ -12,7 +12,8 @@ from kvrelay.core.node_messages import NodeLoad, Role
 @dataclass(frozen=True, slots=True)
 class NodeState:
     """One attached node. `num_attempts` are this router's own on it; `load` is what the node said last,
-    None before its first word; `attached_s` is how long ago it said hello."""
+    None before its first word; `attached_s` is how long ago it said hello. `index_stale`: the router does not
+    know which KV blocks it holds, and guesses."""
 
     node_id: NodeId
     role: Role
@@ -29,6 +30,18 @@ class NodeState:
     transfer_address: str
     transport: str
     attached_s: float
+    index_stale: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class IndexState:
+    """A router's block index. An entry is one block on one node; `num_evicted` were dropped because there may
+    be no more than `max_entries`; `num_bytes` is about what it takes."""
+
+    num_entries: int = 0
+    max_entries: int = 0
+    num_bytes: int = 0
+    num_evicted: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +56,7 @@ class ClusterState:
     num_requests: Mapping[str, int] = field(default_factory=dict)
     counters: Mapping[str, int] = field(default_factory=dict)
     mismatches: tuple[str, ...] = ()
+    index: IndexState = IndexState()
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from enum import StrEnum
 
 from kvrelay.core.ids import AttemptId, NodeId
 from kvrelay.core.kv import KVFingerprint
+from kvrelay.core.kv_events import KVEvent
 from kvrelay.core.request import FinishReason, TokenLogprobs, TokenRequest
 from kvrelay.core.tokenizer_chunk import TokenizerChunk
 
@@ -92,7 +93,13 @@ class ReleaseKV:
     attempt: AttemptId
 
 
-Command = StartPrefill | ReserveDecode | ReleaseKV
+@dataclass(frozen=True, slots=True)
+class SendKVSnapshot:
+    """KV events are missing: send all that the node holds, in events, before the changes that follow."""
+
+
+AttemptCommand = StartPrefill | ReserveDecode | ReleaseKV
+Command = AttemptCommand | SendKVSnapshot
 
 
 # ---- reports: node -> router -----------------------------------------------------------------------
@@ -260,13 +267,15 @@ class NodeLoad:
 class NodeFrame:
     """All that a node has to say at one moment: at most one frame per engine step. Empty: a heartbeat.
 
-    `tokenizer` is a part of its tokenizer bundle, sent after a `Welcome` that wants it.
+    `tokenizer` is a part of its tokenizer bundle, sent after a `Welcome` that wants it. `kv` says what its
+    prefix cache holds.
     """
 
     tokens: TokenBatch | None = None
     reports: tuple[Report, ...] = ()
     load: NodeLoad | None = None
     tokenizer: TokenizerChunk | None = None
+    kv: KVEvent | None = None
 
 
 @dataclass(frozen=True, slots=True)

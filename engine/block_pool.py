@@ -15,8 +15,10 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
-from kvrelay.core.block_hash import BlockHash
+from kvrelay.core.block_hash import BlockHash, block_key
 from kvrelay.core.ids import BlockId
+from kvrelay.core.kv_events import KVChanges, changes_from
+from kvrelay.engine.change_log import ChangeLog
 from kvrelay.engine.host_tier import HostTier
 
 _EMPTY, _TAKEN = 1, 0
@@ -34,6 +36,7 @@ class BlockPool:
         assert num_blocks > 0
         self.num_blocks = num_blocks
         self.host_tier = host_tier
+        self._change_log = ChangeLog()
         self._spread = spread
         self._num_references = [0] * num_blocks
         self._hash_of_block: list[BlockHash | None] = [None] * num_blocks
@@ -122,6 +125,7 @@ class BlockPool:
             return False
         self._block_of_hash[block_hash] = block
         self._hash_of_block[block] = block_hash
+        self._change_log.note(block_hash, is_held=True)
         return True
 
     def release(self, block_table: Sequence[BlockId]) -> None:
@@ -135,6 +139,22 @@ class BlockPool:
                 self._mark_empty(block)
             else:
                 self._cached_unheld[block] = None
+
+    def take_changes(self) -> KVChanges | None:
+        """Which blocks can be found now that could not at the last call, and the reverse; None: no change.
+        At the first call, and when more has changed than is noted, all that can be found, after `cleared`."""
+        logs = [self._change_log] if self.host_tier is None else [self._change_log, self.host_tier.change_log]
+        if any(log.is_lost for log in logs):
+            for log in logs:
+                log.restart()
+            held = [self._block_of_hash.keys(), () if self.host_tier is None else self.host_tier.hashes()]
+            device, host = (dict.fromkeys(map(block_key, hashes), True) for hashes in held)
+            return changes_from(device, host, cleared=True)
+        changed = [log.take() for log in logs]
+        if not any(changed):
+            return None
+        by_key = [{block_key(name): is_held for name, is_held in of_tier.items()} for of_tier in changed]
+        return changes_from(by_key[0], by_key[1] if len(by_key) > 1 else {})
 
     def check(self) -> None:
         """Assert every invariant; O(num_blocks), for tests."""
@@ -198,6 +218,7 @@ class BlockPool:
         block_hash = self._hash_of_block[block]
         assert block_hash is not None
         del self._block_of_hash[block_hash]
+        self._change_log.note(block_hash, is_held=False)
         self._hash_of_block[block] = None
         if self.host_tier is not None:
             self.host_tier.save(block, block_hash)

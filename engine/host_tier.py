@@ -15,12 +15,13 @@ Pure bookkeeping: no KV bytes here.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from kvrelay.core.block_hash import BlockHash
 from kvrelay.core.errors import ConfigError
 from kvrelay.core.ids import BlockId
+from kvrelay.engine.change_log import ChangeLog
 
 
 class BlockCopy(NamedTuple):
@@ -48,6 +49,7 @@ class HostTier:
     def __init__(self, num_slots: int) -> None:
         assert num_slots > 0
         self.num_slots = num_slots
+        self.change_log = ChangeLog()
         self._slot_of: dict[BlockHash, int] = {}
         self._leaving_order: OrderedDict[BlockHash, None] = OrderedDict()
         self._empty = list(range(num_slots - 1, -1, -1))
@@ -60,6 +62,10 @@ class HostTier:
     def __contains__(self, block_hash: BlockHash) -> bool:
         return block_hash in self._slot_of
 
+    def hashes(self) -> Iterable[BlockHash]:
+        """Of all blocks that it holds."""
+        return self._slot_of.keys()
+
     def save(self, block: BlockId, block_hash: BlockHash) -> None:
         """`block`, which holds `block_hash`, is being evicted. It is lost if every slot is held."""
         if block_hash in self._slot_of:
@@ -69,6 +75,7 @@ class HostTier:
         if slot is None:
             return
         self._slot_of[block_hash] = slot
+        self.change_log.note(block_hash, is_held=True)
         self._leaving_order[block_hash] = None
         self._copies.append(BlockCopy(block, slot, to_host=True))
 
@@ -102,4 +109,5 @@ class HostTier:
         if not self._leaving_order:
             return None
         leaving, _ = self._leaving_order.popitem(last=False)
+        self.change_log.note(leaving, is_held=False)
         return self._slot_of.pop(leaving)

@@ -20,6 +20,7 @@ from typing import NewType, Protocol
 from kvrelay.core.errors import EngineFailed, InvalidRequest, KVRelayError
 from kvrelay.core.ids import BlockId
 from kvrelay.core.kv import KVFingerprint, KVStore
+from kvrelay.core.kv_events import KVChanges
 from kvrelay.core.request import FinishReason, TokenLogprobs, TokenRequest
 
 SequenceKey = NewType("SequenceKey", str)
@@ -197,6 +198,12 @@ class Engine(Protocol):
         ...
 
     def load(self) -> EngineLoad: ...
+
+    def take_kv_changes(self) -> KVChanges | None:
+        """What changed in the prefix cache since the last call; None: nothing. The first call, and one after
+        more has changed than is remembered, gives all that the cache holds, after `cleared`. Until the first
+        call nothing is remembered."""
+        ...
 
     def close(self) -> None:
         """End what the engine has started, other processes above all. Nothing may be called after it."""

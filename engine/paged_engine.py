@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol, runtime_checkable
 
 from kvrelay.core.kv import KVStore
+from kvrelay.core.kv_events import KVChanges
 from kvrelay.core.request import TokenLogprobs, TokenRequest
 from kvrelay.engine.block_pool import BlockPool
 from kvrelay.engine.host_tier import BlockCopy, HostTier
@@ -232,6 +233,9 @@ class PagedEngine:
 
     def load(self) -> EngineLoad:
         return self._scheduler.load()
+
+    def take_kv_changes(self) -> KVChanges | None:
+        return self._scheduler.pool.take_changes()
 
     def prepare_thread(self) -> None:
         self._executor.prepare_thread()

@@ -23,9 +23,10 @@ class NodeConfig:
     and process id. `max_attempts_in_flight` bounds live attempts over all routers. On SIGTERM what is held
     may take `drain_timeout_s` to finish, then it is handed back. A router that cannot be reached is dialled
     again after `reconnect_initial_s`, doubling up to `reconnect_max_s`; heartbeat and lease are the
-    router's to say. At most `max_pending_tokens` wait for a router that reads slowly. `load_interval_s` is
-    how often a busy node tells its load at most. When the node is attached to its first router it writes
-    `ready_file`, if given.
+    router's to say. At most `max_pending_tokens` wait for a router that reads slowly; one that is more than
+    `max_buffered_kv_keys` changed KV blocks behind gets all of them anew. `load_interval_s` is how often a
+    busy node tells its load at most. When the node is attached to its first router it writes `ready_file`, if
+    given.
 
     Raises:
         ConfigError: listing every fault.
@@ -42,6 +43,7 @@ class NodeConfig:
     reconnect_initial_s: float = 0.1
     reconnect_max_s: float = 5.0
     max_pending_tokens: int = 1 << 18
+    max_buffered_kv_keys: int = 1 << 18
     load_interval_s: float = 0.1
     ready_file: str = ""
     log_level: str = "info"
@@ -77,6 +79,7 @@ class NodeConfig:
             "reconnect_initial_s": (0.001, 3600),
             "reconnect_max_s": (0.001, 3600),
             "max_pending_tokens": (1024, 1 << 30),
+            "max_buffered_kv_keys": (1024, 1 << 30),
             "load_interval_s": (0.001, 60),
         }
         faults = [

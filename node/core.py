@@ -18,13 +18,14 @@ from typing import Any, ClassVar
 from kvrelay.core.errors import EngineFailed, InvalidRequest, KVRelayError, NodeUnavailable, Overloaded
 from kvrelay.core.ids import TransferId
 from kvrelay.core.node_messages import (
-    Command,
+    AttemptCommand,
     DrainStarted,
     KVReleased,
     ReleaseKV,
     Report,
     ReserveDecode,
     Role,
+    SendKVSnapshot,
     StartPrefill,
 )
 from kvrelay.engine.interface import SequenceKey
@@ -56,6 +57,7 @@ from kvrelay.node.events import (
     SequenceReleased,
     SequenceReserved,
     StepFinished,
+    TellKVSnapshot,
     Ticked,
     TransferCancelled,
 )
@@ -227,9 +229,14 @@ class NodeCore(ABC):
         if not self._leases.renew(event.router_epoch, now_s):
             return  # its lease ran out; its stream is being closed
         for command in event.commands:
-            self._on_command(event.router_epoch, command, now_s, out)
+            if isinstance(command, SendKVSnapshot):
+                out.add(TellKVSnapshot(event.router_epoch))
+            else:
+                self._on_command(event.router_epoch, command, now_s, out)
 
-    def _on_command(self, router_epoch: int, command: Command, now_s: float, out: EffectBuffer) -> None:
+    def _on_command(
+        self, router_epoch: int, command: AttemptCommand, now_s: float, out: EffectBuffer
+    ) -> None:
         transfer_id = TransferId(router_epoch, command.attempt)
         attempt = self._attempts.get(sequence_key(transfer_id))
         if isinstance(command, ReleaseKV):

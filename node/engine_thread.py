@@ -18,6 +18,7 @@ from typing import Final
 from kvrelay.core.clock import Clock
 from kvrelay.core.errors import KVRelayError
 from kvrelay.core.ids import TransferId
+from kvrelay.core.kv_events import KVChanges
 from kvrelay.engine.interface import Engine, EngineLoad, KVReady, SequenceKey
 from kvrelay.node.events import (
     EngineCommand,
@@ -43,7 +44,7 @@ STALLED_WAIT_S: Final = 0.005
 COMMANDS_PER_ATTEMPT: Final = 3
 
 PushReady = Callable[[TransferId, KVReady], None]
-Deliver = Callable[[Sequence[EngineEvent], EngineLoad | None], None]
+Deliver = Callable[[Sequence[EngineEvent], EngineLoad | None, KVChanges | None], None]
 
 
 class _Stop:
@@ -59,7 +60,8 @@ class _FirstKV:
 
 
 class EngineThread:
-    """Runs an engine. `deliver` is called on the event loop, `push_ready` in the engine's thread.
+    """Runs an engine. `deliver` is called on the event loop, with what happened, the load where it was read,
+    and what has changed in the prefix cache; `push_ready` is called in the engine's thread.
 
     `prepared` is set once the thread is ready for its first step, or has failed.
 
@@ -109,12 +111,14 @@ class EngineThread:
     def _run(self) -> None:
         try:
             self._engine.prepare_thread()
+            if (held := self._engine.take_kv_changes()) is not None:  # from now on changes are noted
+                self._post([], None, held)
             self._call_soon(self.prepared.set)
             while self._turn():
                 pass
         except Exception as error:  # the engine's outermost loop: a fault of the engine itself
             logger.exception("engine failed")
-            self._post([EngineDied(f"the engine raised {type(error).__name__}: {error}")], None)
+            self._post([EngineDied(f"the engine raised {type(error).__name__}: {error}")], None, None)
             self._call_soon(self.prepared.set)
 
     def _turn(self) -> bool:
@@ -126,7 +130,7 @@ class EngineThread:
             self._apply(command, events)
         has_work = self._engine.has_work()
         if events or not has_work:
-            self._post(events, self._read_load(is_idle=not has_work))
+            self._post(events, self._read_load(is_idle=not has_work), self._engine.take_kv_changes())
         if has_work:
             self._step()
         return True
@@ -157,8 +161,9 @@ class EngineThread:
         if step.outputs or step.failures:
             events.append(StepFinished(step))
         load = self._read_load(is_idle=not self._engine.has_work())
-        if events or load is not None:
-            self._post(events, load)
+        kv_changes = self._engine.take_kv_changes()
+        if events or load is not None or kv_changes is not None:
+            self._post(events, load, kv_changes)
 
     def _read_load(self, *, is_idle: bool) -> EngineLoad | None:
         now_s = self._clock.now_s()
@@ -167,8 +172,8 @@ class EngineThread:
         self._load_read_s = now_s
         return self._engine.load()
 
-    def _post(self, events: list[EngineEvent], load: EngineLoad | None) -> None:
-        self._call_soon(self._deliver, events, load)
+    def _post(self, events: list[EngineEvent], load: EngineLoad | None, kv_changes: KVChanges | None) -> None:
+        self._call_soon(self._deliver, events, load, kv_changes)
 
     def _call_soon(self, function: Callable[..., None], *arguments: object) -> None:
         assert self._loop is not None

@@ -205,6 +205,13 @@ class ReleaseSequence:
     key: SequenceKey
 
 
+@dataclass(frozen=True, slots=True)
+class TellKVSnapshot:
+    """Tell that router all that the prefix cache holds, if it is connected."""
+
+    router_epoch: int
+
+
 EngineCommand = SubmitPrefill | ReserveSequence | StartDecode | ReleaseSequence
 
 
@@ -238,4 +245,4 @@ class CancelTransfer:
 
 
 TransferCommand = OpenPush | FinishPush | ExpectTransfer | CancelTransfer
-NodeEffect = SendFrame | CloseRouter | EngineCommand | TransferCommand
+NodeEffect = SendFrame | CloseRouter | TellKVSnapshot | EngineCommand | TransferCommand

@@ -1,4 +1,4 @@
-"""The one writer of an `Attach` stream: merges what is sent meanwhile, heartbeats, tells the load."""
+"""The one writer of an `Attach` stream: merges what waits, heartbeats, adds load and KV events."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from kvrelay.core.node_messages import NodeFrame, NodeLoad, Report, Welcome
 from kvrelay.core.tokenizer_chunk import split_tokenizer
 from kvrelay.node.attach_stream import AttachStream
 from kvrelay.node.events import TokenColumns
+from kvrelay.node.kv_feed import KVCursor
 from kvrelay.node.load_pacer import LoadPacer
 from kvrelay.node.outbox import Outbox
 
@@ -18,7 +19,8 @@ from kvrelay.node.outbox import Outbox
 class FrameWriter:
     """Writes from `run` until it is cancelled, or until `finish` and all that waits is out.
 
-    `read_load` gives the node's load when a frame is to carry it. `tokenizer`, if given, goes first.
+    `read_load` gives the node's load when a frame is to carry it, `kv` at most one KV event for each frame.
+    `tokenizer`, if given, goes first.
     """
 
     def __init__(
@@ -31,12 +33,14 @@ class FrameWriter:
         max_pending_tokens: int,
         load_interval_s: float,
         tokenizer: bytes | None,
+        kv: KVCursor,
     ) -> None:
         self._stream = stream
         self._heartbeat_s = welcome.heartbeat_s
         self._read_load = read_load
         self._clock = clock
         self._tokenizer = tokenizer
+        self._kv = kv
         self._outbox = Outbox(max_pending_tokens)
         self._pacer = LoadPacer(load_interval_s)
         self._load_ride_s = load_interval_s / 2
@@ -60,6 +64,15 @@ class FrameWriter:
         if self._load_timer is None and not self._is_load_due:
             delay_s = self._pacer.due_in_s(self._clock.now_s())
             self._load_timer = asyncio.get_running_loop().call_later(delay_s, self._on_load_due)
+
+    def kv_changed(self) -> None:
+        """There are KV events to be told."""
+        self._wake.set()
+
+    def send_kv_snapshot(self) -> None:
+        """Tell all that the node's prefix cache holds."""
+        self._kv.restart()
+        self._wake.set()
 
     def finish(self) -> None:
         """End this side of the stream when all that waits is out."""
@@ -104,6 +117,8 @@ class FrameWriter:
 
     async def _woken(self) -> bool:
         """False if there was nothing to tell for a whole heartbeat."""
+        if self._kv.has_more:
+            return True
         try:
             async with asyncio.timeout(self._heartbeat_s):
                 await self._wake.wait()
@@ -118,6 +133,9 @@ class FrameWriter:
             load = self._pacer.take(self._read_load(), self._clock.now_s(), is_heartbeat=is_heartbeat)
             self._is_load_due = False
             self._forget_load_timer()
-        if self._outbox.is_empty and load is None and not is_heartbeat:
+        kv = self._kv.take()
+        if self._outbox.is_empty and load is None and kv is None and not is_heartbeat:
             return None
-        return self._outbox.take(load)
+        if kv is None and (load is not None or is_heartbeat):
+            kv = self._kv.proof()
+        return self._outbox.take(load, kv)

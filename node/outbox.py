@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvrelay.core.errors import Overloaded
+from kvrelay.core.kv_events import KVEvent
 from kvrelay.core.node_messages import NodeFrame, NodeLoad, Report, TokenBatch
 from kvrelay.node.events import TokenColumns
 
@@ -39,12 +40,12 @@ class Outbox:
             self._tokens.extend(tokens)
         self._reports.extend(reports)
 
-    def take(self, load: NodeLoad | None) -> NodeFrame:
-        """All that waits, and `load`, as one frame; a heartbeat if that is nothing."""
+    def take(self, load: NodeLoad | None, kv: KVEvent | None = None) -> NodeFrame:
+        """All that waits, with `load` and `kv`, as one frame; a heartbeat if that is nothing."""
         columns, reports = self._tokens, tuple(self._reports)
         self._tokens = None
         self._reports.clear()
-        return NodeFrame(_as_batch(columns), reports, load)
+        return NodeFrame(_as_batch(columns), reports, load, kv=kv)
 
 
 def _as_batch(columns: TokenColumns | None) -> TokenBatch | None:

@@ -19,6 +19,7 @@ from kvrelay.node.backoff import Backoff
 from kvrelay.node.config import NodeConfig
 from kvrelay.node.events import TokenColumns
 from kvrelay.node.frame_writer import FrameWriter
+from kvrelay.node.kv_feed import KVFeed
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class RouterLink:
         config: NodeConfig,
         description: NodeDescription,
         tokenizer: bytes | None,
+        kv_feed: KVFeed,
         owner: LinkOwner,
         clock: Clock,
         rng: Random,
@@ -64,6 +66,7 @@ class RouterLink:
         self._config = config
         self._hello = encode_hello(description)
         self._tokenizer = tokenizer
+        self._kv_feed = kv_feed
         self._owner = owner
         self._clock = clock
         self._backoff = Backoff(config.reconnect_initial_s, config.reconnect_max_s, rng)
@@ -91,6 +94,17 @@ class RouterLink:
         """The node's load is to be told again."""
         if self._writer is not None:
             self._writer.load_changed()
+
+    def kv_changed(self) -> None:
+        """The feed has KV events that were not told yet."""
+        if self._writer is not None:
+            self._writer.kv_changed()
+
+    def send_kv_snapshot(self) -> None:
+        """Tell the router all that the prefix cache holds; dropped if it is not attached: a new stream begins
+        with that."""
+        if self._writer is not None:
+            self._writer.send_kv_snapshot()
 
     def close_stream(self, reason: str) -> None:
         """End the stream that is open now, if there is one; the link dials again."""
@@ -160,6 +174,7 @@ class RouterLink:
             max_pending_tokens=config.max_pending_tokens,
             load_interval_s=config.load_interval_s,
             tokenizer=self._tokenizer if welcome.wants_tokenizer else None,
+            kv=self._kv_feed.cursor(),
         )
         self._close_reason = asyncio.get_running_loop().create_future()
         logger.info("attached router=%s router_id=%s epoch=%016x", self.address, welcome.router_id, epoch)

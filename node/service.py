@@ -14,6 +14,7 @@ from kvrelay.core.clock import Clock
 from kvrelay.core.errors import KVRelayError
 from kvrelay.core.ids import NodeId, TransferId
 from kvrelay.core.kv import KVFingerprint, KVStore
+from kvrelay.core.kv_events import KVChanges
 from kvrelay.core.node_messages import NodeLoad, RouterFrame, Welcome
 from kvrelay.engine.interface import Engine, EngineLoad, KVReady
 from kvrelay.kv_transfer.config import KVTransferConfig
@@ -43,9 +44,11 @@ from kvrelay.node.events import (
     RouterFrameReceived,
     RouterStreamLost,
     SendFrame,
+    TellKVSnapshot,
     Ticked,
     TransferCancelled,
 )
+from kvrelay.node.kv_feed import KVFeed
 from kvrelay.node.router_link import RouterLink
 
 logger = logging.getLogger(__name__)
@@ -100,6 +103,7 @@ class NodeService:
             max_attempts=config.max_attempts_in_flight,
         )
         self._engine_load: EngineLoad = engine.load()
+        self._kv_feed = KVFeed(config.max_buffered_kv_keys)
         self._links: list[RouterLink] = []
         self._link_of_epoch: dict[int, RouterLink] = {}
         self._events: deque[NodeEvent] = deque()
@@ -129,7 +133,14 @@ class NodeService:
         )
         for address in self._config.routers:
             link = RouterLink(
-                address, self._config, description, self._tokenizer, self, self._clock, self._rng
+                address,
+                self._config,
+                description,
+                self._tokenizer,
+                self._kv_feed,
+                self,
+                self._clock,
+                self._rng,
             )
             self._links.append(link)
             link.start()
@@ -202,9 +213,15 @@ class NodeService:
 
     # ---- what engine and transfer say --------------------------------------------------------------
 
-    def _on_engine_events(self, events: Sequence[EngineEvent], load: EngineLoad | None) -> None:
+    def _on_engine_events(
+        self, events: Sequence[EngineEvent], load: EngineLoad | None, kv_changes: KVChanges | None
+    ) -> None:
         if load is not None:
             self._engine_load = load
+        if kv_changes is not None:
+            self._kv_feed.record(kv_changes)
+            for link in self._links:
+                link.kv_changed()
         for event in events:
             self._dispatch(event)
             if isinstance(event, EngineDied) and not self.failed.done():
@@ -253,13 +270,14 @@ class NodeService:
     def _perform(self, effect: NodeEffect) -> None:
         match effect:
             case SendFrame(router_epoch, tokens, reports):
-                link = self._link_of_epoch.get(router_epoch)
-                if link is not None:
+                if (link := self._link_of_epoch.get(router_epoch)) is not None:
                     link.send(tokens, reports)
             case CloseRouter(router_epoch, reason):
-                link = self._link_of_epoch.get(router_epoch)
-                if link is not None:
+                if (link := self._link_of_epoch.get(router_epoch)) is not None:
                     link.close_stream(reason)
+            case TellKVSnapshot(router_epoch):
+                if (link := self._link_of_epoch.get(router_epoch)) is not None:
+                    link.send_kv_snapshot()
             case OpenPush(spec):
                 try:
                     self._transfer.open_push(spec)

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from kvrelay.core.errors import KVLayoutMismatch, NodeUnavailable, OperationalError
 from kvrelay.core.ids import AttemptId, NodeId
 from kvrelay.core.node_messages import NodeDescription, NodeLoad, Role
+from kvrelay.router.block_index import BlockIndex
 from kvrelay.router.config import RouterCoreConfig
+from kvrelay.router.kv_intake import KVIntake, NodeHoldings
 from kvrelay.router.ledger import Attempt, Side
 from kvrelay.router.placement import NodeView, PlacementRequest
 from kvrelay.router.steady_run import SteadyRun
@@ -40,6 +42,7 @@ class NodeState:
     description: NodeDescription
     config: RouterCoreConfig
     attached_s: float
+    holdings: NodeHoldings
     fingerprint_digest: bytes = field(init=False)
     max_sequence_tokens: int = field(init=False)
     """The longest sequence it can ever hold."""
@@ -63,6 +66,11 @@ class NodeState:
     @property
     def num_in_flight(self) -> int:
         return len(self.in_flight)
+
+    @property
+    def slot(self) -> int | None:
+        """See `NodeView`."""
+        return self.holdings.slot
 
     def blocks_for(self, request: PlacementRequest) -> int:
         """See `NodeView`."""
@@ -229,11 +237,20 @@ class ModelState:
 
 @dataclass(slots=True, eq=False)
 class ClusterState:
-    """All attached nodes, and all models that have nodes or had some a moment ago."""
+    """All attached nodes, what they hold, and all models that have nodes or had some a moment ago."""
 
     config: RouterCoreConfig
+    kv: KVIntake = field(init=False)
     nodes: dict[NodeId, NodeState] = field(default_factory=dict)
     models: dict[str, ModelState] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.kv = KVIntake(self.config)
+
+    @property
+    def block_index(self) -> BlockIndex:
+        """See `ClusterView`."""
+        return self.kv.index
 
     def nodes_of(self, model: str, role: Role) -> Iterable[NodeView]:
         """See `ClusterView`."""
@@ -243,7 +260,8 @@ class ClusterState:
     def add_node(self, description: NodeDescription, now_s: float) -> NodeState:
         """Enter a node whose description has no `description_fault` and whose id is free."""
         assert description.node_id not in self.nodes
-        node = NodeState(description, self.config, now_s)
+        holdings = self.kv.add_node(description.num_blocks, now_s)
+        node = NodeState(description, self.config, now_s, holdings)
         self.nodes[description.node_id] = node
         model = self.models.setdefault(description.model, ModelState(description.model))
         model.nodes[description.role][description.node_id] = node
@@ -253,6 +271,7 @@ class ClusterState:
     def remove_node(self, node: NodeState, now_s: float) -> None:
         """Strike a node; its attempts are the caller's to settle."""
         description = node.description
+        self.kv.remove_node(node.holdings)
         del self.nodes[description.node_id]
         model = self.models[description.model]
         del model.nodes[description.role][description.node_id]

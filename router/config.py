@@ -29,6 +29,10 @@ class RouterCoreConfig:
     was sent, the node is taken to hold nothing. `heartbeat_s`, `lease_s` go into `Welcome`, and a stream
     silent for `node_silence_s` is the shell's to report as lost.
 
+    Block index: at most `max_index_entries` pairs of block and node, about 100 bytes each, and
+    `max_indexed_nodes` nodes. A snapshot of a node's blocks that has not begun `kv_snapshot_retry_s` after it
+    was asked for is asked for again; a node that says nothing of its blocks for `node_silence_s` is stale.
+
     Raises:
         ConfigError: with all faults, one a line.
     """
@@ -55,6 +59,9 @@ class RouterCoreConfig:
     min_retry_after_s: float = 0.5
     max_retry_after_s: float = 30.0
     num_remembered_decisions: int = 128
+    max_index_entries: int = 10_000_000
+    max_indexed_nodes: int = 1024
+    kv_snapshot_retry_s: float = 2.0
 
     def __post_init__(self) -> None:
         faults = [*self._value_faults(), *self._order_faults()]

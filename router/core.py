@@ -2,7 +2,8 @@
 
 Each event is handled to its end: books first, then, if anything was freed, the queue. The effects are to
 be performed in order. The parts: `ledger` (who holds what), `lifecycle` (how requests move), `reports`
-(what nodes say), `merge` (tokens), `cluster_state`, `admission`, `placement`, `placement_memory`.
+(what nodes say), `merge` (tokens), `kv_intake` (which blocks nodes hold), `cluster_state`, `admission`,
+`placement`, `placement_memory`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from kvrelay.router.events import (
     Ticked,
 )
 from kvrelay.router.invariants import check_books
+from kvrelay.router.kv_routing import apply_kv_event, ask_again, note_guesses
 from kvrelay.router.ledger import Ledger, RequestEntry
 from kvrelay.router.lifecycle import Lifecycle
 from kvrelay.router.merge import batch_fault, merge_batch
@@ -186,6 +188,7 @@ class RouterCore:
     def _on_ticked(self, now_s: float) -> None:
         self._life.expire_requests(now_s)
         self._life.expire_holds(now_s)
+        self._life.effects.extend(ask_again(self._cluster, now_s))
         self._cluster.forget_vacant_models(self._queue.waiting, now_s)
         # A refusal's pause may have run out: time alone can let a request start.
         self._life.has_news_for_queue = bool(self._queue.waiting)
@@ -212,6 +215,8 @@ class RouterCore:
         node = self._cluster.nodes.get(event.node_id)
         if node is None:
             return
+        if event.kv is not None:
+            self._life.effects.extend(apply_kv_event(self._cluster, node, event.kv, now_s))
         if event.load is not None and node.record_load(event.load, now_s):
             self._life.has_news_for_queue = True
         if event.tokens is not None:
@@ -266,6 +271,7 @@ class RouterCore:
             return False
         num_blocks = self._cluster.nodes[decision.decode_node].blocks_for(request)
         self._life.dispatch(entry, decision, num_blocks, now_s)
+        note_guesses(self._cluster, decision, request, now_s)
         return True
 
     def _placement_request(self, entry: RequestEntry) -> PlacementRequest:
@@ -277,4 +283,5 @@ class RouterCore:
             num_growth_tokens=min(request.num_remaining_tokens, self.config.growth_tokens),
             cache_salt=request.cache_salt,
             avoided=entry.avoided,
+            blocks=entry.blocks(),
         )

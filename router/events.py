@@ -11,6 +11,7 @@ from typing import NewType
 
 from kvrelay.core.errors import KVRelayError
 from kvrelay.core.ids import NodeId, RequestId
+from kvrelay.core.kv_events import KVEvent
 from kvrelay.core.node_messages import Command, NodeDescription, NodeLoad, Report, TokenBatch
 from kvrelay.core.request import FinishReason, TokenLogprobs, TokenRequest
 from kvrelay.core.request_report import RequestReport as RequestReport
@@ -41,12 +42,13 @@ class NodeLost:
 
 @dataclass(frozen=True, slots=True)
 class NodeReported:
-    """One frame of a node: tokens first, then reports, then load."""
+    """One frame of a node: what happened to its blocks first, then tokens, then reports, then load."""
 
     node_id: NodeId
     tokens: TokenBatch | None = None
     reports: tuple[Report, ...] = ()
     load: NodeLoad | None = None
+    kv: KVEvent | None = None
 
 
 @dataclass(frozen=True, slots=True)

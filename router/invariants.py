@@ -116,8 +116,17 @@ def _check_nodes(ledger: Ledger, cluster: ClusterState) -> None:
         assert node.outstanding_prefill_tokens == sum(side.num_tokens for side in sides)
         assert node.reserved_blocks == sum(side.num_blocks for side in sides) <= description.num_blocks
         _check_steady_run(node)
+    _check_holdings(cluster)
     listed = sum(len(of_role) for model in cluster.models.values() for of_role in model.nodes.values())
     assert listed == len(cluster.nodes)
+
+
+def _check_holdings(cluster: ClusterState) -> None:
+    holdings = [node.holdings for node in cluster.nodes.values()]
+    slots = [held.slot for held in holdings if held.slot is not None]
+    assert sorted([*slots, *cluster.kv.free_slots]) == list(range(cluster.kv.index.max_nodes))
+    assert all(len(held.guesses) <= held.max_guesses for held in holdings)
+    assert cluster.kv.index.num_entries <= cluster.config.max_index_entries
 
 
 def _check_steady_run(node: NodeState) -> None:

@@ -25,6 +25,7 @@ from kvrelay.core.errors import KVRelayError
 from kvrelay.core.ids import AttemptId, NodeId, RequestId
 from kvrelay.core.node_messages import HandoffVerified, PrefillFinished, Role
 from kvrelay.core.request import FinishReason, TokenRequest
+from kvrelay.router.block_keys import PromptBlocks
 from kvrelay.router.events import SessionId
 from kvrelay.router.output_merge import NO_ATTEMPT, OutputMerge
 
@@ -98,6 +99,7 @@ class RequestEntry:
     state: RequestState = RequestState.QUEUED
     attempt: Attempt | None = None
     continued: TokenRequest | None = None
+    hashed: PromptBlocks | None = None
     num_attempts: int = 0
     num_unsettled_attempts: int = 0
     queued_since_s: float = 0.0
@@ -124,6 +126,13 @@ class RequestEntry:
         if self.continued is None or self.continued.num_output_tokens != self.merge.next_index:
             self.continued = self.request.continued_with(tuple(self.merge.tokens))
         return self.continued
+
+    def blocks(self) -> PromptBlocks:
+        """The blocks of `continuation`, hashed once while that does not grow."""
+        request = self.continuation()
+        if self.hashed is None or self.hashed.token_ids is not request.token_ids:
+            self.hashed = PromptBlocks(request.token_ids, request.cache_salt)
+        return self.hashed
 
 
 @dataclass(slots=True, eq=False)

@@ -27,6 +27,10 @@ _COUNTERS: Final = {
     "kv_bytes": "Bytes of KV that were handed off.",
     "overdue_releases": "Releases that a node did not acknowledge in time.",
 }
+_INDEX_COUNTERS: Final = {
+    "events": ("kv_events", "Events in which nodes said what blocks they hold."),
+    "gaps": ("kv_gaps", "Times that events of a node were missing, so that a snapshot was asked for."),
+}
 
 
 class RouterMetrics:
@@ -100,10 +104,25 @@ class _StateCollector(Collector):
         yield _nodes_by_role(state)
         for name, text in _COUNTERS.items():
             yield CounterMetricFamily(f"kvrelay_{name}", text, state.counters.get(name, 0))
+        yield from _index(state)
         frames = CounterMetricFamily("kvrelay_frames", "Messages on streams.", labels=["stream"])
         frames.add_metric(["node"], self._metrics.num_node_frames)
         frames.add_metric(["session"], self._metrics.num_session_messages)
         yield frames
+
+
+def _index(state: ClusterState) -> Iterable[Metric]:
+    index = state.index
+    yield GaugeMetricFamily("kvrelay_index_entries", "Blocks on nodes in the block index.", index.num_entries)
+    yield GaugeMetricFamily("kvrelay_index_max_entries", "Its bound on entries.", index.max_entries)
+    yield GaugeMetricFamily("kvrelay_index_bytes", "About what the block index takes.", index.num_bytes)
+    evicted = "Entries that the block index dropped because of its bound."
+    yield CounterMetricFamily("kvrelay_index_evicted", evicted, index.num_evicted)
+    stale = "Nodes whose blocks are guessed, as their events are missing."
+    num_stale = sum(node.index_stale for node in state.nodes)
+    yield GaugeMetricFamily("kvrelay_index_stale_nodes", stale, num_stale)
+    for name, (counter, text) in _INDEX_COUNTERS.items():
+        yield CounterMetricFamily(f"kvrelay_index_{name}", text, state.counters.get(counter, 0))
 
 
 def _nodes_by_role(state: ClusterState) -> GaugeMetricFamily:

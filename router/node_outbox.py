@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from typing import Final
 
-from kvrelay.core.node_messages import Command, ReleaseKV, RouterFrame
+from kvrelay.core.node_messages import Command, ReleaseKV, RouterFrame, SendKVSnapshot
 
 MAX_BYTES_PER_FRAME: Final = 10_000_000
 """Of requests in one frame, so that a frame of many fits gRPC's message limit."""
@@ -58,7 +58,8 @@ class NodeOutbox:
         num_bytes = 0
         while self._commands:
             command = self._commands[0]
-            num_bytes += 0 if isinstance(command, ReleaseKV) else command.request.max_message_bytes
+            if not isinstance(command, ReleaseKV | SendKVSnapshot):
+                num_bytes += command.request.max_message_bytes
             if taken and num_bytes > MAX_BYTES_PER_FRAME:
                 break
             taken.append(self._commands.popleft())

@@ -7,22 +7,27 @@ with every term of its score, so that a decision can be asked about afterwards.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvrelay.core.explanation import Candidate as Candidate
 from kvrelay.core.explanation import Decision as Decision
 from kvrelay.core.ids import NodeId, RequestId
 from kvrelay.core.node_messages import NodeDescription, NodeLoad, Role
+from kvrelay.router.block_index import BlockIndex
+from kvrelay.router.block_keys import PromptBlocks
 
 
 @dataclass(frozen=True, slots=True)
 class PlacementRequest:
     """What a policy may know of a request.
 
-    `token_ids` is the prompt plus the output delivered so far; `num_growth_tokens` is the output to set
-    aside room for. Nodes in `avoided` failed this request before.
+    `token_ids` is the prompt plus the output delivered so far, `blocks` their keys in the block index;
+    `num_growth_tokens` is the output to set aside room for. Nodes in `avoided` failed this request before.
     """
 
     request_id: RequestId
@@ -31,10 +36,20 @@ class PlacementRequest:
     num_growth_tokens: int
     cache_salt: bytes = b""
     avoided: frozenset[NodeId] = frozenset()
+    blocks: PromptBlocks = field(default=None, compare=False)  # type: ignore[assignment]  # see below
+
+    def __post_init__(self) -> None:
+        if self.blocks is None:
+            object.__setattr__(self, "blocks", PromptBlocks(self.token_ids, self.cache_salt))
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    def block_keys(self, node: NodeView) -> NDArray[np.uint64]:
+        """Keys of its full blocks in the block index, first to last, as `node` has them; hashed once for all
+        nodes alike."""
+        return self.blocks.keys(node.description.block_size, node.fingerprint_digest)
 
 
 class NodeView(Protocol):
@@ -45,6 +60,11 @@ class NodeView(Protocol):
 
     @property
     def fingerprint_digest(self) -> bytes: ...
+
+    @property
+    def slot(self) -> int | None:
+        """Its place in the block index; None: it has none, and nothing is known of its blocks."""
+        ...
 
     @property
     def is_draining(self) -> bool: ...
@@ -78,6 +98,12 @@ class NodeView(Protocol):
 
 class ClusterView(Protocol):
     """What a policy may know of the cluster."""
+
+    @property
+    def block_index(self) -> BlockIndex:
+        """Which blocks the nodes hold, by their slots: as they said last, or where a node is stale, as this
+        router guesses."""
+        ...
 
     def nodes_of(self, model: str, role: Role) -> Iterable[NodeView]:
         """The attached nodes of one model and role."""

@@ -256,8 +256,10 @@ class RouterShell:
         self.metrics.num_node_frames += 1
         if frame.tokenizer is not None:
             self._hear_tokenizer(attachment, frame.tokenizer)
-        if (frame.tokens or frame.reports or frame.load) and self.attachments.is_current(attachment):
-            self.dispatch(NodeReported(attachment.node_id, frame.tokens, frame.reports, frame.load))
+        if not (frame.tokens or frame.reports or frame.load or frame.kv):
+            return
+        if self.attachments.is_current(attachment):
+            self.dispatch(NodeReported(attachment.node_id, frame.tokens, frame.reports, frame.load, frame.kv))
 
     def _hear_tokenizer(self, attachment: Attachment, chunk: TokenizerChunk) -> None:
         if attachment.tokenizer is None:

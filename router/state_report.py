@@ -34,6 +34,7 @@ def cluster_state(status: ClusterStatus, router_id: str, uptime_s: float) -> Clu
             for model in status.models
             for pair in model.mismatches
         ),
+        index=status.index,
     )
 
 
@@ -72,6 +73,7 @@ def _node_state(node: NodeStatus) -> NodeState:
         transfer_address=description.transfer_address,
         transport=description.transport,
         attached_s=max(0.0, node.attached_for_s),
+        index_stale=node.is_index_stale,
     )
 
 

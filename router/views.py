@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
+from kvrelay.core.cluster_view import IndexState
 from kvrelay.core.node_messages import NodeDescription, NodeLoad, Role
 from kvrelay.router.admission import AdmissionQueue
+from kvrelay.router.block_index import BlockIndex
 from kvrelay.router.cluster_state import ClusterState, FingerprintMismatch, ModelState, NodeState
 from kvrelay.router.ledger import Ledger, RequestState, SideState
 
@@ -39,6 +41,9 @@ class Counters:
     num_overdue_releases: int = 0
     num_expired_holds: int = 0
     kv_bytes: int = 0
+    num_kv_events: int = 0
+    num_kv_gaps: int = 0
+    """Times that KV events of a node were missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,7 @@ class NodeStatus:
     load: NodeLoad | None
     is_draining: bool
     is_full: bool
+    is_index_stale: bool
     num_in_flight: int
     num_releasing: int
     num_overdue: int
@@ -82,6 +88,7 @@ class ClusterStatus:
     num_sessions: int
     num_unsettled_attempts: int
     counters: Counters
+    index: IndexState
 
 
 def cluster_status(
@@ -99,22 +106,33 @@ def cluster_status(
             by_state[entry.state] += 1
     return ClusterStatus(
         router_epoch=router_epoch,
-        nodes=tuple(_node_status(node, now_s) for node in cluster.nodes.values()),
+        nodes=tuple(_node_status(cluster, node, now_s) for node in cluster.nodes.values()),
         models=tuple(_model_status(model, queue) for model in cluster.models.values()),
         num_requests_by_state=by_state,
         num_sessions=len(ledger.streams),
         num_unsettled_attempts=len(ledger.attempts),
-        counters=replace(counters, num_failed_by_code=Counter(counters.num_failed_by_code)),
+        counters=replace(
+            counters,
+            num_failed_by_code=Counter(counters.num_failed_by_code),
+            num_kv_events=cluster.kv.num_events,
+            num_kv_gaps=cluster.kv.num_gaps,
+        ),
+        index=_index_state(cluster.block_index),
     )
 
 
-def _node_status(node: NodeState, now_s: float) -> NodeStatus:
+def _index_state(index: BlockIndex) -> IndexState:
+    return IndexState(index.num_entries, index.max_entries, index.num_bytes, index.num_evicted)
+
+
+def _node_status(cluster: ClusterState, node: NodeState, now_s: float) -> NodeStatus:
     role = node.description.role
     return NodeStatus(
         description=node.description,
         load=node.load,
         is_draining=node.is_draining,
         is_full=node.is_full(now_s),
+        is_index_stale=cluster.kv.is_stale(node.holdings, now_s),
         num_in_flight=node.num_in_flight,
         num_releasing=sum(
             attempt.side(role).state is SideState.RELEASING for attempt in node.in_flight.values()

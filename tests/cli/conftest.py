@@ -23,7 +23,7 @@ from kvrelay.cli import main as cli_main
 from kvrelay.codec import client_api as codec
 from kvrelay.codec.errors import DETAILS_KEY, to_grpc_status
 from kvrelay.core.client_types import CallAccepted, CallFinished, GenerateCall, SessionUpdate
-from kvrelay.core.cluster_view import ClusterState, ModelInfo, NodeState
+from kvrelay.core.cluster_view import ClusterState, IndexState, ModelInfo, NodeState
 from kvrelay.core.errors import KVRelayError, UnknownRequest
 from kvrelay.core.explanation import Candidate, Decision, Explanation, MeasuredRequest
 from kvrelay.core.ids import NodeId, RequestId
@@ -215,6 +215,7 @@ def make_state() -> ClusterState:
             "",
             "tcp",
             1.0,
+            index_stale=role is Role.PREFILL,
         )
 
     return ClusterState(
@@ -225,6 +226,7 @@ def make_state() -> ClusterState:
         num_requests={"queued": 0, "decoding": 2},
         counters={"requests": 5, "failures": 0},
         mismatches=("p9 and d9: dtype: 'float32' != 'bfloat16'",),
+        index=IndexState(1200, 10_000_000, 140_000, 3),
     )
 
 

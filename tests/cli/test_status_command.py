@@ -26,6 +26,7 @@ def test_status_shows_nodes_requests_counters_and_mismatches(invoke: Any, fake_r
     ]
     assert "requests  decoding 2" in lines
     assert "counters  requests 5" in lines
+    assert "index     1,200 of at most 10,000,000 blocks, 0.1 MB, 3 evicted; guessed for p0" in lines
     assert "mismatch  p9 and d9: dtype: 'float32' != 'bfloat16'" in lines
     assert "models    tiny (1 prefill, 1 decode, 4096 tokens of context)" in lines
 

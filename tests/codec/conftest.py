@@ -11,10 +11,11 @@ from kvrelay.core.client_types import (
     SessionAsk,
     SessionUpdate,
 )
-from kvrelay.core.cluster_view import ClusterState, ModelInfo, NodeState
+from kvrelay.core.cluster_view import ClusterState, IndexState, ModelInfo, NodeState
 from kvrelay.core.errors import error_from_code
 from kvrelay.core.explanation import Candidate, Decision, Explanation, MeasuredRequest
 from kvrelay.core.kv import KVFingerprint
+from kvrelay.core.kv_events import KVChanges, KVEvent
 from kvrelay.core.node_messages import (
     AttemptFailed,
     AttemptFinished,
@@ -31,6 +32,7 @@ from kvrelay.core.node_messages import (
     ReserveDecode,
     Role,
     RouterFrame,
+    SendKVSnapshot,
     StartPrefill,
     TokenBatch,
     Welcome,
@@ -124,17 +126,27 @@ REPORT = st.one_of(
 )
 LOAD = st.builds(NodeLoad, *[COUNT] * 15)
 CHUNK = st.builds(TokenizerChunk, DIGEST, st.integers(1, 1 << 20), st.integers(0, 1 << 20), st.binary())
+KV_EVENT = st.builds(
+    KVEvent,
+    st.integers(1, 2**64 - 1),
+    COUNT,
+    st.builds(KVChanges, *[some(UINT64)] * 4, cleared=st.booleans()),
+    st.integers(0, 9),
+    st.integers(10, 2**31 - 1),
+)
 NODE_FRAME = st.builds(
     NodeFrame,
     st.none() | token_batches(),
     some(REPORT).map(tuple),
     st.none() | LOAD,
     st.none() | CHUNK,
+    st.none() | KV_EVENT,
 )
 COMMAND = st.one_of(
     st.builds(StartPrefill, ATTEMPT, token_requests(), words(min_size=1)),
     st.builds(ReserveDecode, ATTEMPT, token_requests()),
     st.builds(ReleaseKV, ATTEMPT),
+    st.builds(SendKVSnapshot),
 )
 ROUTER_FRAME = st.builds(RouterFrame, some(COMMAND, 3).map(tuple))
 WELCOME = st.builds(
@@ -261,6 +273,7 @@ NODE_STATE = st.builds(
     transfer_address=words(),
     transport=words(),
     attached_s=SECONDS,
+    index_stale=st.booleans(),
 )
 CLUSTER = st.builds(
     ClusterState,
@@ -271,6 +284,7 @@ CLUSTER = st.builds(
     st.dictionaries(words(), UINT32, max_size=4),
     st.dictionaries(words(), UINT64, max_size=4),
     some(words()).map(tuple),
+    st.builds(IndexState, *[UINT64] * 4),
 )
 MODEL = st.builds(
     ModelInfo,

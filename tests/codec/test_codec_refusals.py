@@ -6,6 +6,7 @@ from kvrelay.codec import client_api, cluster
 from kvrelay.codec.sampling import decode_sampling
 from kvrelay.core.errors import InvalidRequest
 from kvrelay.core.kv import KVFingerprint
+from kvrelay.core.kv_events import MAX_KEYS_PER_EVENT
 from kvrelay.core.node_messages import NodeDescription, Role
 from kvrelay.core.sampling import Grammar, GrammarKind
 from kvrelay.v1 import cluster_pb2, common_pb2, router_pb2
@@ -211,6 +212,21 @@ def test_hello_and_welcome_come_once():
 )
 def test_a_bad_report_is_named(field, report):
     pb = cluster_pb2.NodeFrame(reports=[cluster_pb2.Report(**report)])
+    assert refused_field(cluster.decode_node_frame, pb) == field
+
+
+@pytest.mark.parametrize(
+    ("field", "event"),
+    [
+        ("kv.first", {"num_parts": 1}),
+        ("kv.num_batches", {"first": 1, "num_parts": 1, "num_batches": 2**31}),
+        ("kv.num_parts", {"first": 1}),
+        ("kv.part", {"first": 1, "part": 2, "num_parts": 2}),
+        ("kv", {"first": 1, "num_parts": 1, "stored": range(MAX_KEYS_PER_EVENT), "host_removed": [1]}),
+    ],
+)
+def test_a_bad_kv_event_is_named(field, event):
+    pb = cluster_pb2.NodeFrame(kv=cluster_pb2.KVEvent(**event))
     assert refused_field(cluster.decode_node_frame, pb) == field
 
 

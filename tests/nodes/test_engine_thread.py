@@ -9,6 +9,7 @@ import pytest
 import pytest_asyncio
 
 from kvrelay.core.ids import AttemptId, TransferId
+from kvrelay.core.kv_events import KVChanges
 from kvrelay.core.request import TokenRequest
 from kvrelay.engine.config import EngineConfig, EngineKind
 from kvrelay.engine.interface import EngineLoad, KVReady, SequenceKey, StepOutput
@@ -40,13 +41,17 @@ class Recorder:
     def __init__(self) -> None:
         self.events: list[EngineEvent] = []
         self.load: EngineLoad | None = None
+        self.kv_changes: list[KVChanges] = []
         self.ready: list[tuple[TransferId, KVReady]] = []
         self._changed = asyncio.Event()
 
-    def deliver(self, events: Sequence[EngineEvent], load: EngineLoad | None) -> None:
+    def deliver(
+        self, events: Sequence[EngineEvent], load: EngineLoad | None, kv_changes: KVChanges | None
+    ) -> None:
         asyncio.get_running_loop()  # it must be called on the loop
         self.events += events
         self.load = load if load is not None else self.load
+        self.kv_changes += [kv_changes] if kv_changes is not None else []
         self._changed.set()
 
     def push_ready(self, transfer_id: TransferId, ready: KVReady) -> None:

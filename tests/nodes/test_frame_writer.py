@@ -13,6 +13,7 @@ from kvrelay.core.node_messages import NodeLoad, Welcome
 from kvrelay.node.attach_stream import AttachStream
 from kvrelay.node.events import TokenColumns
 from kvrelay.node.frame_writer import FrameWriter
+from kvrelay.node.kv_feed import KVFeed
 from kvrelay.node.monotonic_clock import MonotonicClock
 from kvrelay.v1 import cluster_pb2
 
@@ -54,7 +55,7 @@ async def running_writer(load_interval_s: float = 60.0) -> AsyncIterator[tuple[F
     stream.is_open.set()
     writer = FrameWriter(
         cast(AttachStream, stream), WELCOME, Load().read, MonotonicClock(),
-        max_pending_tokens=1000, load_interval_s=load_interval_s, tokenizer=None,
+        max_pending_tokens=1000, load_interval_s=load_interval_s, tokenizer=None, kv=KVFeed(1000).cursor(),
     )  # fmt: skip
     running = asyncio.create_task(writer.run())
     try:

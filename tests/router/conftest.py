@@ -9,6 +9,7 @@ import pytest
 from kvrelay.core.errors import KVRelayError
 from kvrelay.core.ids import AttemptId, NodeId, RequestId
 from kvrelay.core.kv import KVFingerprint
+from kvrelay.core.kv_events import KVEvent
 from kvrelay.core.node_messages import (
     AttemptFailed,
     AttemptFinished,
@@ -22,6 +23,7 @@ from kvrelay.core.node_messages import (
     Report,
     ReserveDecode,
     Role,
+    SendKVSnapshot,
     StartPrefill,
     TokenBatch,
 )
@@ -128,8 +130,9 @@ class Transcript:
         *reports: Report,
         tokens: TokenBatch | None = None,
         load: NodeLoad | None = None,
+        kv: KVEvent | None = None,
     ) -> list[str]:
-        return self.handle(NodeReported(NodeId(node_id), tokens, reports, load))
+        return self.handle(NodeReported(NodeId(node_id), tokens, reports, load, kv))
 
     def tokens(self, node_id: str, attempt: int, index: int, *token_ids: int) -> list[str]:
         return self.report(node_id, tokens=batch((attempt, index, token_ids)))
@@ -210,6 +213,8 @@ def _command(effect: SendCommand) -> str:
             return f"reserve {attempt} {list(request.token_ids)}"
         case ReleaseKV(attempt):
             return f"release {attempt}"
+        case SendKVSnapshot():
+            return "send a KV snapshot"
 
 
 def batch(*entries: tuple[int, int, tuple[int, ...]]) -> TokenBatch:

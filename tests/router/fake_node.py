@@ -21,11 +21,13 @@ from kvrelay.core.node_messages import (
     PrefillFinished,
     ReleaseKV,
     Report,
+    SendKVSnapshot,
     StartPrefill,
     TokenBatch,
 )
 from kvrelay.core.request import FinishReason, TokenRequest
 from kvrelay.router.events import Event, NodeAttached, NodeLost, NodeReported
+from tests.router.fake_cache import FakeCache
 
 EOS = 7
 CONTEXT_TOKENS = 48
@@ -104,6 +106,10 @@ class FakeNode:
     heard_until_s: float = 0.0
     encoder: TokenBatchEncoder = field(default_factory=TokenBatchEncoder)
     decoder: TokenBatchDecoder = field(default_factory=TokenBatchDecoder)
+    cache: FakeCache = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.cache = FakeCache(self.description)
 
     @property
     def node_id(self) -> str:
@@ -115,6 +121,7 @@ class FakeNode:
         self.is_up, self.is_draining = True, False
         self.description = replace(self.description, incarnation=self.description.incarnation + 1)
         self.encoder, self.decoder = TokenBatchEncoder(), TokenBatchDecoder()
+        self.cache.begin_stream()
         life, event = self.life, NodeAttached(self.description)
 
         def arrive() -> None:
@@ -130,6 +137,8 @@ class FakeNode:
         self.life += 1
         self.held.clear()
         self.arrived.clear()
+        if self.world.rng.random() < 0.5:  # else only the connection broke
+            self.cache = FakeCache(self.description)
         if says_so:
             self._to_router(NodeLost(NodeId(self.node_id), self.description.incarnation, reason))
 
@@ -145,7 +154,10 @@ class FakeNode:
         if tokens is not None:
             tokens = self.decoder.decode(self.encoder.encode(tokens))
             self.world.num_steady_steps += tokens.step > 0
-        self._to_router(NodeReported(NodeId(self.node_id), tokens, reports, load))
+        kv = self.cache.next_event(is_load_told=load is not None)
+        if kv is not None and self.world.chance("lose_kv"):
+            kv = None
+        self._to_router(NodeReported(NodeId(self.node_id), tokens, reports, load, kv))
 
     def hear(self, command: Command) -> None:
         """Commands come in order, after a delay; those of an earlier connection never."""
@@ -160,6 +172,9 @@ class FakeNode:
     # ---- work
 
     def _act(self, command: Command) -> None:
+        if isinstance(command, SendKVSnapshot):
+            self.cache.send_snapshot()
+            return
         attempt = command.attempt
         if isinstance(command, ReleaseKV):
             self.held.pop(attempt, None)
@@ -193,6 +208,7 @@ class FakeNode:
         index = len(held.output)
         held.output.append(next_token(held.request, held.output))
         tokens = TokenBatch([attempt], [index], [1], [held.output[-1]])
+        self.cache.use(held.request.token_ids)
         reason = finish_reason(held.request, held.output)
         if reason is not None:
             del self.held[attempt]
@@ -229,7 +245,10 @@ class FakeNode:
         self.say(HandoffVerified(attempt, 10, 1, 0.1, "memory"))
 
     def step(self) -> None:
-        """One engine step of a decode node: a token for each running sequence, in one frame."""
+        """One engine step of a decode node: a token for each running sequence, in one frame; if there is
+        none, perhaps a heartbeat."""
+        if not self.is_up:
+            return
         running = [attempt for attempt, held in self.held.items() if held.is_decoding]
         drawn: list[tuple[AttemptId, int, list[int]]] = []
         reports: list[Report] = []
@@ -245,9 +264,10 @@ class FakeNode:
             drawn.append((attempt, first, held.output[first:]))
             if reason is not None:
                 del self.held[attempt]
+                self.cache.use([*held.request.token_ids[: held.request.num_prompt_tokens], *held.output])
                 reports.append(AttemptFinished(attempt, reason))
-        if running:
-            self.say(*reports, tokens=_batch(drawn))
+        if running or self.world.rng.random() < 0.1:
+            self.say(*reports, tokens=_batch(drawn) if running else None)
 
     def _draw(self, held: Held, num_tokens: int) -> FinishReason | None:
         reason = None

@@ -76,7 +76,7 @@ class World:
         self.num_satisfied = 0
         self.num_explained = 0
         rate = self.rng.choice([0.0, 0.02, 0.1])
-        self.chances = {"fail": rate / 3, "refuse": rate, "push": rate}
+        self.chances = {"fail": rate / 3, "refuse": rate, "push": rate, "lose_kv": rate}
         config = RouterCoreConfig(
             growth_tokens=8, max_early_tokens=64, max_attempts=6, node_wait_s=3.0, queue_timeout_s=20.0,
             max_queued_requests=self.rng.choice([4, 100]), max_prefill_tokens_per_node=64,
@@ -274,6 +274,19 @@ def check_end(world: World) -> None:
     assert status.num_unsettled_attempts == status.num_sessions == 0
     for node in status.nodes:
         assert (node.num_in_flight, node.outstanding_prefill_tokens, node.reserved_blocks) == (0, 0, 0)
+        assert not node.is_index_stale
+    check_index(world)
+
+
+def check_index(world: World) -> None:
+    """It holds what the nodes do, and nothing else."""
+    attached = [node for node in world.nodes.values() if node.is_connected]
+    cluster = world.core._cluster
+    for node in attached:
+        slot = cluster.nodes[node.description.node_id].slot
+        for key in node.cache.keys:
+            assert cluster.block_index.match_prefix([key]).device[slot] == 1
+    assert cluster.block_index.num_entries == sum(len(node.cache.keys) for node in attached)
 
 
 def play(seed: int, num_requests: int = 40, num_incidents: int = 8) -> World:
@@ -312,3 +325,6 @@ def test_the_simulation_meets_continuations_losses_refusals_steady_steps_and_sat
     assert sum(world.num_steady_steps for world in worlds) > 500
     assert sum(world.num_satisfied for world in worlds) > 20
     assert sum(world.num_explained for world in worlds) > 100
+    assert sum(found.num_kv_events for found in counters) > 500
+    assert sum(found.num_kv_gaps for found in counters) > 20
+    assert sum(world.core.status(0.0).index.num_entries for world in worlds) > 100

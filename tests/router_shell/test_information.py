@@ -21,7 +21,8 @@ from kvrelay.codec.client_api import (
 )
 from kvrelay.codec.errors import from_rpc_error
 from kvrelay.core.kv import KVFingerprint
-from kvrelay.core.node_messages import NodeFrame, NodeLoad, Role
+from kvrelay.core.kv_events import KVChanges, KVEvent
+from kvrelay.core.node_messages import NodeFrame, NodeLoad, Role, SendKVSnapshot
 from kvrelay.core.tokenizer_chunk import TokenizerAssembly, tokenizer_digest
 from kvrelay.v1 import cluster_pb2, router_pb2
 
@@ -188,3 +189,26 @@ async def test_metrics_count_requests_tokens_and_nodes(router, pair, call):
     assert "kvrelay_queue_length 0.0" in lines
     assert 'kvrelay_nodes{draining="false",role="prefill"} 1.0' in lines
     assert 'kvrelay_live_requests{state="decoding"} 0.0' in lines
+
+
+async def test_metrics_and_status_show_the_block_index(router, pair):
+    prefill, _ = pair
+    prefill.send(NodeFrame(kv=KVEvent(1, 0, KVChanges(stored=[1, 2, 3], cleared=True))))
+    prefill.send(NodeFrame(kv=KVEvent(5, 1, KVChanges(stored=[4]))))
+    await prefill.next_command(SendKVSnapshot)
+    lines = set((await get(router, "/metrics"))[1].splitlines())
+    assert "kvrelay_index_entries 3.0" in lines
+    assert "kvrelay_index_max_entries 1e+07" in lines
+    assert "kvrelay_index_evicted_total 0.0" in lines
+    assert "kvrelay_index_events_total 2.0" in lines
+    assert "kvrelay_index_gaps_total 1.0" in lines
+    assert "kvrelay_index_stale_nodes 2.0" in lines
+    state = json.loads((await get(router, "/status"))[1])
+    assert state["index"]["num_entries"] == 3
+    assert [node["index_stale"] for node in state["nodes"]] == [True, True]
+    prefill.send(NodeFrame(kv=KVEvent(6, 0, KVChanges(stored=[1, 4], cleared=True))))
+    stream = router.stub.WatchCluster(encode_watch_cluster(interval_s=0.1))
+    while (state := decode_cluster_state(await stream.read())).index.num_entries != 2:
+        pass
+    assert [node.index_stale for node in state.nodes] == [False, True]
+    stream.cancel()

@@ -18,18 +18,20 @@ ROLE_PREFILL: Role
 ROLE_DECODE: Role
 
 class NodeFrame(_message.Message):
-    __slots__ = ("hello", "tokens", "reports", "load", "tokenizer")
+    __slots__ = ("hello", "tokens", "reports", "load", "tokenizer", "kv")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     REPORTS_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_FIELD_NUMBER: _ClassVar[int]
+    KV_FIELD_NUMBER: _ClassVar[int]
     hello: NodeHello
     tokens: TokenBatch
     reports: _containers.RepeatedCompositeFieldContainer[Report]
     load: _common_pb2.NodeLoad
     tokenizer: _common_pb2.TokenizerChunk
-    def __init__(self, hello: _Optional[_Union[NodeHello, _Mapping]] = ..., tokens: _Optional[_Union[TokenBatch, _Mapping]] = ..., reports: _Optional[_Iterable[_Union[Report, _Mapping]]] = ..., load: _Optional[_Union[_common_pb2.NodeLoad, _Mapping]] = ..., tokenizer: _Optional[_Union[_common_pb2.TokenizerChunk, _Mapping]] = ...) -> None: ...
+    kv: KVEvent
+    def __init__(self, hello: _Optional[_Union[NodeHello, _Mapping]] = ..., tokens: _Optional[_Union[TokenBatch, _Mapping]] = ..., reports: _Optional[_Iterable[_Union[Report, _Mapping]]] = ..., load: _Optional[_Union[_common_pb2.NodeLoad, _Mapping]] = ..., tokenizer: _Optional[_Union[_common_pb2.TokenizerChunk, _Mapping]] = ..., kv: _Optional[_Union[KVEvent, _Mapping]] = ...) -> None: ...
 
 class RouterFrame(_message.Message):
     __slots__ = ("welcome", "commands")
@@ -125,6 +127,28 @@ class TokenBatch(_message.Message):
     same_rows: bool
     def __init__(self, attempts: _Optional[_Iterable[int]] = ..., first_indices: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., same_rows: _Optional[bool] = ...) -> None: ...
 
+class KVEvent(_message.Message):
+    __slots__ = ("first", "num_batches", "cleared", "part", "num_parts", "stored", "removed", "host_stored", "host_removed")
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    NUM_BATCHES_FIELD_NUMBER: _ClassVar[int]
+    CLEARED_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    NUM_PARTS_FIELD_NUMBER: _ClassVar[int]
+    STORED_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    HOST_STORED_FIELD_NUMBER: _ClassVar[int]
+    HOST_REMOVED_FIELD_NUMBER: _ClassVar[int]
+    first: int
+    num_batches: int
+    cleared: bool
+    part: int
+    num_parts: int
+    stored: _containers.RepeatedScalarFieldContainer[int]
+    removed: _containers.RepeatedScalarFieldContainer[int]
+    host_stored: _containers.RepeatedScalarFieldContainer[int]
+    host_removed: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, first: _Optional[int] = ..., num_batches: _Optional[int] = ..., cleared: _Optional[bool] = ..., part: _Optional[int] = ..., num_parts: _Optional[int] = ..., stored: _Optional[_Iterable[int]] = ..., removed: _Optional[_Iterable[int]] = ..., host_stored: _Optional[_Iterable[int]] = ..., host_removed: _Optional[_Iterable[int]] = ...) -> None: ...
+
 class TokenRequest(_message.Message):
     __slots__ = ("token_ids", "num_prompt_tokens", "sampling", "cache_salt")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -138,16 +162,18 @@ class TokenRequest(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., cache_salt: _Optional[bytes] = ...) -> None: ...
 
 class Command(_message.Message):
-    __slots__ = ("attempt", "start_prefill", "reserve_decode", "release_kv")
+    __slots__ = ("attempt", "start_prefill", "reserve_decode", "release_kv", "send_kv_snapshot")
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     START_PREFILL_FIELD_NUMBER: _ClassVar[int]
     RESERVE_DECODE_FIELD_NUMBER: _ClassVar[int]
     RELEASE_KV_FIELD_NUMBER: _ClassVar[int]
+    SEND_KV_SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     attempt: int
     start_prefill: StartPrefill
     reserve_decode: ReserveDecode
     release_kv: ReleaseKV
-    def __init__(self, attempt: _Optional[int] = ..., start_prefill: _Optional[_Union[StartPrefill, _Mapping]] = ..., reserve_decode: _Optional[_Union[ReserveDecode, _Mapping]] = ..., release_kv: _Optional[_Union[ReleaseKV, _Mapping]] = ...) -> None: ...
+    send_kv_snapshot: SendKVSnapshot
+    def __init__(self, attempt: _Optional[int] = ..., start_prefill: _Optional[_Union[StartPrefill, _Mapping]] = ..., reserve_decode: _Optional[_Union[ReserveDecode, _Mapping]] = ..., release_kv: _Optional[_Union[ReleaseKV, _Mapping]] = ..., send_kv_snapshot: _Optional[_Union[SendKVSnapshot, _Mapping]] = ...) -> None: ...
 
 class StartPrefill(_message.Message):
     __slots__ = ("request", "decode_address")
@@ -164,6 +190,10 @@ class ReserveDecode(_message.Message):
     def __init__(self, request: _Optional[_Union[TokenRequest, _Mapping]] = ...) -> None: ...
 
 class ReleaseKV(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class SendKVSnapshot(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 

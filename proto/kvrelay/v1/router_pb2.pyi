@@ -280,7 +280,7 @@ class WatchClusterRequest(_message.Message):
     def __init__(self, interval_s: _Optional[float] = ..., once: _Optional[bool] = ...) -> None: ...
 
 class ClusterState(_message.Message):
-    __slots__ = ("router_id", "version", "uptime_s", "nodes", "num_requests", "counters", "mismatches")
+    __slots__ = ("router_id", "version", "uptime_s", "nodes", "num_requests", "counters", "mismatches", "index")
     class NumRequestsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -302,6 +302,7 @@ class ClusterState(_message.Message):
     NUM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
     MISMATCHES_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     version: str
     uptime_s: float
@@ -309,10 +310,23 @@ class ClusterState(_message.Message):
     num_requests: _containers.ScalarMap[str, int]
     counters: _containers.ScalarMap[str, int]
     mismatches: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, router_id: _Optional[str] = ..., version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., nodes: _Optional[_Iterable[_Union[NodeState, _Mapping]]] = ..., num_requests: _Optional[_Mapping[str, int]] = ..., counters: _Optional[_Mapping[str, int]] = ..., mismatches: _Optional[_Iterable[str]] = ...) -> None: ...
+    index: BlockIndexState
+    def __init__(self, router_id: _Optional[str] = ..., version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., nodes: _Optional[_Iterable[_Union[NodeState, _Mapping]]] = ..., num_requests: _Optional[_Mapping[str, int]] = ..., counters: _Optional[_Mapping[str, int]] = ..., mismatches: _Optional[_Iterable[str]] = ..., index: _Optional[_Union[BlockIndexState, _Mapping]] = ...) -> None: ...
+
+class BlockIndexState(_message.Message):
+    __slots__ = ("num_entries", "max_entries", "num_bytes", "num_evicted")
+    NUM_ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    MAX_ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_EVICTED_FIELD_NUMBER: _ClassVar[int]
+    num_entries: int
+    max_entries: int
+    num_bytes: int
+    num_evicted: int
+    def __init__(self, num_entries: _Optional[int] = ..., max_entries: _Optional[int] = ..., num_bytes: _Optional[int] = ..., num_evicted: _Optional[int] = ...) -> None: ...
 
 class NodeState(_message.Message):
-    __slots__ = ("node_id", "role", "model", "engine", "host", "pid", "draining", "num_blocks", "block_size", "max_num_seqs", "num_attempts", "load", "transfer_address", "transport", "attached_s")
+    __slots__ = ("node_id", "role", "model", "engine", "host", "pid", "draining", "num_blocks", "block_size", "max_num_seqs", "num_attempts", "load", "transfer_address", "transport", "attached_s", "index_stale")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -328,6 +342,7 @@ class NodeState(_message.Message):
     TRANSFER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     ATTACHED_S_FIELD_NUMBER: _ClassVar[int]
+    INDEX_STALE_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     role: str
     model: str
@@ -343,7 +358,8 @@ class NodeState(_message.Message):
     transfer_address: str
     transport: str
     attached_s: float
-    def __init__(self, node_id: _Optional[str] = ..., role: _Optional[str] = ..., model: _Optional[str] = ..., engine: _Optional[str] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., draining: _Optional[bool] = ..., num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., num_attempts: _Optional[int] = ..., load: _Optional[_Union[_common_pb2.NodeLoad, _Mapping]] = ..., transfer_address: _Optional[str] = ..., transport: _Optional[str] = ..., attached_s: _Optional[float] = ...) -> None: ...
+    index_stale: bool
+    def __init__(self, node_id: _Optional[str] = ..., role: _Optional[str] = ..., model: _Optional[str] = ..., engine: _Optional[str] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., draining: _Optional[bool] = ..., num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., num_attempts: _Optional[int] = ..., load: _Optional[_Union[_common_pb2.NodeLoad, _Mapping]] = ..., transfer_address: _Optional[str] = ..., transport: _Optional[str] = ..., attached_s: _Optional[float] = ..., index_stale: _Optional[bool] = ...) -> None: ...
 
 class ListModelsRequest(_message.Message):
     __slots__ = ()

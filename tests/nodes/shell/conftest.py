@@ -20,6 +20,7 @@ from kvrelay.codec.cluster import (
     encode_welcome,
 )
 from kvrelay.core.ids import AttemptId
+from kvrelay.core.kv_events import KVEvent
 from kvrelay.core.node_messages import (
     AttemptFailed,
     AttemptFinished,
@@ -69,9 +70,11 @@ class AttachedNode:
     load: NodeLoad | None = None
     num_frames: int = 0
     tokenizer: bytes | None = None
+    kv_events: list[KVEvent] = field(default_factory=list)
     is_gone: bool = False
 
     def send(self, *commands: Command) -> None:
+        self.load = None  # what it said before tells nothing of these
         self.outgoing.put_nowait(encode_router_frame(RouterFrame(commands)))
 
     def terminals(self, attempt: int) -> list[Report]:
@@ -181,6 +184,8 @@ def _take(node: AttachedNode, frame: NodeFrame) -> None:
                 position += 1
     node.reports += frame.reports
     node.load = frame.load or node.load
+    if frame.kv is not None:
+        node.kv_events.append(frame.kv)
 
 
 def _is_idle(load: NodeLoad | None) -> bool:
