@@ -54,7 +54,8 @@ class ChunkPadding:
 
     def split(self, rows: Tensor) -> ChunkRows:
         """Views of ``[num_rows, num_heads + 2 * num_kv_heads, head_dim]``."""
-        return ChunkRows(*torch.split(rows, self._heads, 1))
+        queries, keys, values = rows.split_with_sizes(self._heads, 1)
+        return ChunkRows(queries, keys, values)
 
     def draw(self, length: int) -> ChunkRows:
         """Random rows with these strides."""

@@ -29,6 +29,10 @@ _QUERY_PIECES: Final = (8192, 4096, 2048, 1024, 512, 256)
 _KEY_PIECES: Final = (16384, 8192, 4096, 2048, 1024)
 _TOLERANCE: Final = 0.03
 
+# torch's own bindings take the CPU less than ``torch.ops.aten``, which looks for the overload at each call.
+_cudnn_attention: Final[Any] = torch._scaled_dot_product_cudnn_attention
+_flash_attention: Final[Any] = torch._scaled_dot_product_flash_attention
+
 _log = logging.getLogger(__name__)
 
 
@@ -143,7 +147,7 @@ def _heads_first(rows: Tensor) -> Tensor:
 
 
 def _cudnn(queries: Tensor, keys: Tensor, values: Tensor, *, is_causal: bool) -> Attended:
-    found: Any = torch.ops.aten._scaled_dot_product_cudnn_attention(
+    found = _cudnn_attention(
         _heads_first(queries), _heads_first(keys), _heads_first(values), None, True, 0.0, is_causal, False
     )
     return Attended(found[0].squeeze(0).transpose(0, 1).contiguous(), found[1].view(queries.shape[1], -1))
@@ -151,7 +155,7 @@ def _cudnn(queries: Tensor, keys: Tensor, values: Tensor, *, is_causal: bool) ->
 
 def _flash(queries: Tensor, keys: Tensor, values: Tensor) -> Attended:
     """Causal, the mask ending at the lower right."""
-    found: Any = torch.ops.aten._scaled_dot_product_flash_attention(
+    found = _flash_attention(
         _heads_first(queries), _heads_first(keys), _heads_first(values), 0.0, True, False
     )
     return Attended(found[0].squeeze(0).transpose(0, 1).contiguous(), found[1].squeeze(0))

@@ -71,8 +71,8 @@ class Transformer:
         self._weights = weights
         self._attention = attention
         self._rows = rows
-        self._query_size = config.num_heads * config.head_dim
-        self._kv_size = config.num_kv_heads * config.head_dim
+        self._rotary_and_values = [config.num_heads + config.num_kv_heads, config.num_kv_heads]
+        self._queries_and_keys = [config.num_heads, config.num_kv_heads]
 
     def forward(self, batch: TokenBatch, layer_done: LayerDone | None) -> Tensor:
         """Write the batch's KV; return logits ``[len(sampled_rows), vocab_size]``."""
@@ -103,19 +103,18 @@ class Transformer:
         self, index: int, layer: LayerWeights, hidden: Tensor, cosines: Tensor, sines: Tensor
     ) -> Tensor:
         """``[num_rows, num_heads * head_dim]``; stores the rows' keys and values."""
-        config = self._config
         projected = layer.qkv(self._rows.rms_norm(hidden, layer.input_norm))
-        rotary, values = torch.split(projected, [self._query_size + self._kv_size, self._kv_size], 1)
-        heads = rotary.view(len(hidden), -1, config.head_dim)
+        projected = projected.view(len(hidden), -1, self._config.head_dim)
+        heads, values = projected.split_with_sizes(self._rotary_and_values, 1)
         if layer.query_norm is not None and layer.key_norm is not None:
             heads = self._norm_heads(heads, layer.query_norm, layer.key_norm)
         heads = self._rows.rotate(heads, cosines, sines)
-        queries, keys = torch.split(heads, [config.num_heads, config.num_kv_heads], 1)
-        self._attention.write(index, keys, values.view(len(hidden), -1, config.head_dim))
+        queries, keys = heads.split_with_sizes(self._queries_and_keys, 1)
+        self._attention.write(index, keys, values)
         return self._attention.attend(index, queries).flatten(1)
 
     def _norm_heads(self, heads: Tensor, query_norm: Tensor, key_norm: Tensor) -> Tensor:
-        queries, keys = torch.split(heads, [self._config.num_heads, self._config.num_kv_heads], 1)
+        queries, keys = heads.split_with_sizes(self._queries_and_keys, 1)
         return torch.cat(
             (self._rows.rms_norm(queries, query_norm), self._rows.rms_norm(keys, key_norm)), dim=1
         )
