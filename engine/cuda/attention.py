@@ -163,7 +163,7 @@ class CudaAttention:
     def _attend_chunk(self, layer: int, queries: Tensor, chunk: _Chunk) -> Tensor:
         assert self._fresh is not None
         keys, values = self._fresh
-        if len(keys) != len(queries):
+        if keys.shape[0] != queries.shape[0]:
             keys, values = keys[chunk.rows], values[chunk.rows]
         if chunk.slots is None:
             return self._prefill.attend(queries, keys, values)

@@ -40,7 +40,7 @@ class ChunkPadding:
     def pad(self, chunk: ChunkRows, length: int) -> ChunkRows:
         """`chunk` itself, if it has the length and the strides; else a copy, with zeros behind its rows, that
         is good until the next one."""
-        num_rows = len(chunk.queries)
+        num_rows = chunk.queries.shape[0]
         has_strides = all(rows.stride() == self._strides for rows in chunk)
         if num_rows == length and has_strides:
             return chunk
@@ -64,7 +64,7 @@ class ChunkPadding:
 
     def _make_room(self, num_rows: int, length: int) -> None:
         """Zeros from `num_rows` on: a row of an earlier chunk that is not finite would spoil this one."""
-        if len(self._rows) < length:
+        if self._rows.shape[0] < length:
             self._rows = self._rows.new_zeros((length, self._num_heads, self._head_dim))
         elif num_rows < self._num_written:
             self._rows[num_rows : self._num_written].zero_()
@@ -81,5 +81,5 @@ class ChunkPadding:
         )
 
     def _whole(self, chunk: ChunkRows) -> Tensor:
-        shape = (len(chunk.queries), self._num_heads, self._head_dim)
+        shape = (chunk.queries.shape[0], self._num_heads, self._head_dim)
         return chunk.queries.as_strided(shape, self._strides)

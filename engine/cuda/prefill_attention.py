@@ -82,9 +82,10 @@ class PrefillAttention:
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Query i sees keys up to ``num_keys - num_queries + i``."""
-        if self.uses_cudnn and len(queries) == len(keys) >= LADDER_FROM:
-            chunk = ChunkRows(queries, keys, values)
-            return self._causal(self._padding.pad(chunk, padded_length(len(queries))), len(queries)).rows
+        num_queries = queries.shape[0]
+        if self.uses_cudnn and num_queries == keys.shape[0] >= LADDER_FROM:
+            padded = self._padding.pad(ChunkRows(queries, keys, values), padded_length(num_queries))
+            return self._causal(padded, num_queries).rows
         if self._has_flash:
             return _flash(queries, keys, values).rows
         mask: Tensor | None = None

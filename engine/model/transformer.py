@@ -87,15 +87,15 @@ class Transformer:
                 layer_done(index)
             if index == last and batch.sampled_rows is not None:  # Nothing after this needs the other rows.
                 attended, hidden = attended[batch.sampled_rows], hidden[batch.sampled_rows]
-                if not len(hidden) and not self._is_sharded:
+                if not hidden.shape[0] and not self._is_sharded:
                     break
             hidden = layer.attention_output.add_to(hidden, attended)
             if layer_done is not None and self._is_sharded:  # the sum over the ranks waits for all their KV
                 layer_done(index)
-            if not len(hidden):
+            if not hidden.shape[0]:  # far quicker than len()
                 break
             hidden = layer.down.add_to(hidden, self._gated(layer, hidden))
-        if not len(hidden):
+        if not hidden.shape[0]:
             return hidden.new_empty((0, self._config.vocab_size))
         return weights.output(self._rows.rms_norm(hidden, weights.final_norm))
 
@@ -104,7 +104,7 @@ class Transformer:
     ) -> Tensor:
         """``[num_rows, num_heads * head_dim]``; stores the rows' keys and values."""
         projected = layer.qkv(self._rows.rms_norm(hidden, layer.input_norm))
-        projected = projected.view(len(hidden), -1, self._config.head_dim)
+        projected = projected.view(hidden.shape[0], -1, self._config.head_dim)
         heads, values = projected.split_with_sizes(self._rotary_and_values, 1)
         if layer.query_norm is not None and layer.key_norm is not None:
             heads = self._norm_heads(heads, layer.query_norm, layer.key_norm)
