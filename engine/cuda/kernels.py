@@ -12,64 +12,6 @@ import triton.language as tl
 
 
 @triton.jit
-def rms_norm_kernel(
-    rows,
-    weight,
-    out,
-    ROW_STRIDE: tl.constexpr,
-    SIZE: tl.constexpr,
-    EPSILON: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """``out[r] = rows[r] / rms(rows[r]) * weight``, in float32. Grid: (num_rows,)."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < SIZE
-    values = tl.load(rows + row * ROW_STRIDE + columns, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(values * values) / SIZE + EPSILON)
-    weights = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * SIZE + columns, (values * scale * weights).to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def gate_kernel(gate_up, out, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """``silu(gate) * up`` of ``[num_rows, 2 * SIZE]``, gate first. Grid: (num_rows, blocks of SIZE)."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < SIZE
-    gate = tl.load(gate_up + row * 2 * SIZE + columns, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * SIZE + SIZE + columns, mask=inside, other=0.0).to(tl.float32)
-    gated = gate / (1.0 + tl.exp(-gate)) * up
-    tl.store(out + row * SIZE + columns, gated.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def rotate_kernel(
-    heads,
-    cosines,
-    sines,
-    ROW_STRIDE: tl.constexpr,
-    NUM_HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-    HALF_BLOCK: tl.constexpr,
-    HEADS_BLOCK: tl.constexpr,
-):
-    """Rotary positions in place, of ``[num_rows, NUM_HEADS, 2 * HALF]``. Grid: (num_rows, head blocks)."""
-    row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * HEADS_BLOCK + tl.arange(0, HEADS_BLOCK)
-    column = tl.arange(0, HALF_BLOCK)
-    inside = (head < NUM_HEADS)[:, None] & (column < HALF)[None, :]
-    cosine = tl.load(cosines + row * 2 * HALF + column, mask=column < HALF, other=0.0).to(tl.float32)
-    sine = tl.load(sines + row * HALF + column, mask=column < HALF, other=0.0).to(tl.float32)
-    first = heads + row * ROW_STRIDE + head[:, None] * (2 * HALF) + column[None, :]
-    low = tl.load(first, mask=inside, other=0.0).to(tl.float32)
-    high = tl.load(first + HALF, mask=inside, other=0.0).to(tl.float32)
-    kind = heads.dtype.element_ty
-    tl.store(first, (low * cosine[None, :] - high * sine[None, :]).to(kind), mask=inside)
-    tl.store(first + HALF, (high * cosine[None, :] + low * sine[None, :]).to(kind), mask=inside)
-
-
-@triton.jit
 def write_kv_kernel(
     keys,
     values,

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from kvrelay.engine.cuda.compiled_launch import CompiledLaunch
-from kvrelay.engine.cuda.kernels import gate_kernel, next_power_of_two, rms_norm_kernel, rotate_kernel
+from kvrelay.engine.cuda.kernels import next_power_of_two
+from kvrelay.engine.cuda.row_kernels import gate_kernel, norm_heads_kernel, rms_norm_kernel, rotate_kernel
 
 _GATE_BLOCK = 1024
-_ROTATED_HEADS = 8
+_HEADS_AT_ONCE = 8
 
 
 class CudaRows:
@@ -18,6 +19,7 @@ class CudaRows:
     def __init__(self, rms_norm_eps: float) -> None:
         self._epsilon = rms_norm_eps
         self._launch_rms_norm = CompiledLaunch(rms_norm_kernel)
+        self._launch_norm_heads = CompiledLaunch(norm_heads_kernel)
         self._launch_gate = CompiledLaunch(gate_kernel)
         self._launch_rotate = CompiledLaunch(rotate_kernel)
 
@@ -34,6 +36,25 @@ class CudaRows:
         )
         return result if flat is rows else result.view(rows.shape)
 
+    def norm_heads(self, heads: Tensor, num_queries: int, query_norm: Tensor, key_norm: Tensor) -> Tensor:
+        """In place, so that queries and keys still lie beside their values."""
+        num_rows, num_heads, head_dim = heads.shape
+        assert heads.stride(1) == head_dim
+        self._launch_norm_heads(
+            (num_rows, -(-num_heads // _HEADS_AT_ONCE), 1),
+            (heads, query_norm, key_norm),
+            (
+                heads.stride(0),
+                num_queries,
+                num_heads,
+                head_dim,
+                self._epsilon,
+                _HEADS_AT_ONCE,
+                next_power_of_two(head_dim),
+            ),
+        )
+        return heads
+
     def gate(self, gate_up: Tensor) -> Tensor:
         num_rows, size = gate_up.shape[0], gate_up.shape[1] // 2
         result = gate_up.new_empty((num_rows, size))
@@ -45,8 +66,8 @@ class CudaRows:
         assert heads.stride(1) == head_dim
         half = head_dim // 2
         self._launch_rotate(
-            (num_rows, -(-num_heads // _ROTATED_HEADS), 1),
+            (num_rows, -(-num_heads // _HEADS_AT_ONCE), 1),
             (heads, cosines, sines),
-            (heads.stride(0), num_heads, half, next_power_of_two(half), _ROTATED_HEADS),
+            (heads.stride(0), num_heads, half, next_power_of_two(half), _HEADS_AT_ONCE),
         )
         return heads

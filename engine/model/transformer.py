@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from kvrelay.engine.attention import Attention
@@ -107,17 +106,11 @@ class Transformer:
         projected = projected.view(hidden.shape[0], -1, self._config.head_dim)
         heads, values = projected.split_with_sizes(self._rotary_and_values, 1)
         if layer.query_norm is not None and layer.key_norm is not None:
-            heads = self._norm_heads(heads, layer.query_norm, layer.key_norm)
+            heads = self._rows.norm_heads(heads, self._config.num_heads, layer.query_norm, layer.key_norm)
         heads = self._rows.rotate(heads, cosines, sines)
         queries, keys = heads.split_with_sizes(self._queries_and_keys, 1)
         self._attention.write(index, keys, values)
         return self._attention.attend(index, queries).flatten(1)
-
-    def _norm_heads(self, heads: Tensor, query_norm: Tensor, key_norm: Tensor) -> Tensor:
-        queries, keys = heads.split_with_sizes(self._queries_and_keys, 1)
-        return torch.cat(
-            (self._rows.rms_norm(queries, query_norm), self._rows.rms_norm(keys, key_norm)), dim=1
-        )
 
     def _gated(self, layer: LayerWeights, hidden: Tensor) -> Tensor:
         return self._rows.gate(layer.gate_up(self._rows.rms_norm(hidden, layer.post_attention_norm)))

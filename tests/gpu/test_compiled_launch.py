@@ -84,6 +84,38 @@ def test_rotations(
     assert torch.equal(handle[:, num_heads:], projected[:, num_heads:])
 
 
+@pytest.mark.parametrize("num_rows", [1, 3, 1024])
+@pytest.mark.parametrize(("num_queries", "num_keys", "head_dim"), [(1, 1, 16), (9, 3, 64), (32, 8, 128)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_norms_of_heads(
+    num_rows: int,
+    num_queries: int,
+    num_keys: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Queries and keys have different weights; the values beside them stay as they are."""
+    from kvrelay.engine.row_operations import TorchRows
+
+    num_heads = num_queries + num_keys
+    projected = of(num_rows, num_heads + num_keys, head_dim, dtype=dtype)
+    query_norm, key_norm = of(head_dim, dtype=dtype), of(head_dim, dtype=dtype)
+
+    def norm(rows: Any) -> torch.Tensor:
+        whole = projected.clone()
+        rows.norm_heads(whole[:, :num_heads], num_queries, query_norm, key_norm)
+        return whole
+
+    ordinary, handle = ordinary_and_by_handle(norm, monkeypatch)
+    assert torch.equal(ordinary, handle)
+    wanted = TorchRows(1e-5).norm_heads(
+        projected[:, :num_heads].float(), num_queries, query_norm.float(), key_norm.float()
+    )
+    assert torch.allclose(handle[:, :num_heads].float(), wanted, atol=2e-2, rtol=2e-2)
+    assert torch.equal(handle[:, num_heads:], projected[:, num_heads:])
+
+
 @pytest.mark.parametrize("offset", [0, 1, 8])
 def test_rows_at_odd_addresses(offset: int) -> None:
     """After a launch at even ones: their code would be misaligned there."""
