@@ -10,6 +10,7 @@ from kvrelay.engine.compiled.dtypes import kernel_dtype, row_stride
 from kvrelay.engine.compiled.kernel import Kernel
 from kvrelay.engine.compiled.openmp import OpenMP
 from kvrelay.engine.compiled.row_kernels import gate_kernel, rms_norm_kernel, rotate_kernel
+from kvrelay.engine.row_operations import norm_heads_apart
 
 
 class CompiledRows:
@@ -37,6 +38,9 @@ class CompiledRows:
             self._epsilon_address,
         )
         return result
+
+    def norm_heads(self, heads: Tensor, num_queries: int, query_norm: Tensor, key_norm: Tensor) -> Tensor:
+        return norm_heads_apart(self, heads, num_queries, query_norm, key_norm)
 
     def gate(self, gate_up: Tensor) -> Tensor:
         num_rows, size = gate_up.shape[0], gate_up.shape[1] // 2

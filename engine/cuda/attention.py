@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvrelay.engine.attention import Span
+from kvrelay.engine.cuda.compiled_launch import CompiledLaunch
 from kvrelay.engine.cuda.kernels import (
     combine_splits_kernel,
     next_power_of_two,
@@ -55,6 +56,9 @@ class CudaAttention:
         self._prefill = PrefillAttention(
             num_heads, self._num_kv_heads, self._head_dim, cache.dtype, cache.device
         )
+        self._launch_write = CompiledLaunch(write_kv_kernel)
+        self._launch_decode = CompiledLaunch(paged_decode_kernel)
+        self._launch_combine = CompiledLaunch(combine_splits_kernel)
         slots = cache.view(num_layers, 2, -1, self._num_kv_heads, self._head_dim)
         self._layers = [(slots[layer, 0], slots[layer, 1]) for layer in range(num_layers)]
         self._write_slots = torch.empty(0, dtype=torch.int64, device=cache.device)
@@ -96,16 +100,10 @@ class CudaAttention:
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         key_cache, value_cache = self._layers[layer]
         size = self._num_kv_heads * self._head_dim
-        write_kv_kernel[(keys.shape[0],)](
-            keys,
-            values,
-            self._write_slots,
-            key_cache,
-            value_cache,
-            keys.stride(0),
-            values.stride(0),
-            SIZE=size,
-            BLOCK=next_power_of_two(size),
+        self._launch_write(
+            (keys.shape[0], 1, 1),
+            (keys, values, self._write_slots, key_cache, value_cache),
+            (keys.stride(0), values.stride(0), size, next_power_of_two(size)),
         )
         self._fresh = (keys, values)
 
@@ -129,42 +127,44 @@ class CudaAttention:
             partial_out = queries.new_empty((*shape, head_dim), dtype=torch.float32)
             partial_lse = queries.new_empty(shape, dtype=torch.float32)
         per_kv = self._num_heads // self._num_kv_heads
-        paged_decode_kernel[(num_rows, self._num_kv_heads, splits)](
-            queries,
-            key_cache,
-            value_cache,
-            decode.tables,
-            decode.num_keys,
-            attended,
-            partial_out,
-            partial_lse,
-            queries.stride(0),
-            decode.tables.stride(0),
-            head_dim**-0.5,
-            HEADS_PER_KV=per_kv,
-            GROUP=max(16, next_power_of_two(per_kv)),
-            KV_HEADS=self._num_kv_heads,
-            DIM=head_dim,
-            DIM_BLOCK=max(16, next_power_of_two(head_dim)),
-            BLOCK_SIZE=self._block_size,
-            TILE=_TILE,
-            SPLITS=splits,
-            num_warps=4,
-            num_stages=3,
-        )
-        if splits > 1:
-            combine_splits_kernel[(num_rows * self._num_heads,)](
+        self._launch_decode(
+            (num_rows, self._num_kv_heads, splits),
+            (
+                queries,
+                key_cache,
+                value_cache,
+                decode.tables,
+                decode.num_keys,
+                attended,
                 partial_out,
                 partial_lse,
-                attended,
-                DIM=head_dim,
-                DIM_BLOCK=next_power_of_two(head_dim),
-                SPLITS=splits,
+            ),
+            (
+                queries.stride(0),
+                decode.tables.stride(0),
+                head_dim**-0.5,
+                per_kv,
+                max(16, next_power_of_two(per_kv)),
+                self._num_kv_heads,
+                head_dim,
+                max(16, next_power_of_two(head_dim)),
+                self._block_size,
+                _TILE,
+                splits,
+            ),
+        )
+        if splits > 1:
+            self._launch_combine(
+                (num_rows * self._num_heads, 1, 1),
+                (partial_out, partial_lse, attended),
+                (head_dim, next_power_of_two(head_dim), splits),
             )
 
     def _attend_chunk(self, layer: int, queries: Tensor, chunk: _Chunk) -> Tensor:
         assert self._fresh is not None
-        keys, values = (fresh[chunk.rows] for fresh in self._fresh)
+        keys, values = self._fresh
+        if keys.shape[0] != queries.shape[0]:
+            keys, values = keys[chunk.rows], values[chunk.rows]
         if chunk.slots is None:
             return self._prefill.attend(queries, keys, values)
         earlier_keys, earlier_values = (cache.index_select(0, chunk.slots) for cache in self._layers[layer])

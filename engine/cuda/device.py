@@ -32,7 +32,7 @@ class CudaLinear:
 
     def __call__(self, rows: Tensor) -> Tensor:
         if self._bias is None:
-            return rows @ self._transposed
+            return torch.mm(rows, self._transposed)
         return torch.addmm(self._bias, rows, self._transposed)
 
     def add_to(self, residual: Tensor, rows: Tensor) -> Tensor:

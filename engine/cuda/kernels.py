@@ -1,6 +1,8 @@
 """Triton kernels of the CUDA engine. Each is one launch without host synchronisation, so all can be captured.
 
 Rows of a step are padded to a captured size; a padded row has no keys and the slot -1, and is left alone.
+Those of the layers take pointers and constants alone, as `CompiledLaunch` wants it: strides and sizes are the
+model's, so few are ever compiled.
 """
 
 from __future__ import annotations
@@ -10,64 +12,14 @@ import triton.language as tl
 
 
 @triton.jit
-def rms_norm_kernel(rows, weight, out, row_stride, size, epsilon, BLOCK: tl.constexpr):
-    """``out[r] = rows[r] / rms(rows[r]) * weight``, in float32. Grid: (num_rows,)."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < size
-    values = tl.load(rows + row * row_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(values * values) / size + epsilon)
-    weights = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * size + columns, (values * scale * weights).to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def gate_kernel(gate_up, out, size, BLOCK: tl.constexpr):
-    """``silu(gate) * up`` of ``[num_rows, 2 * size]``, gate first. Grid: (num_rows, blocks of size)."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < size
-    gate = tl.load(gate_up + row * 2 * size + columns, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * size + size + columns, mask=inside, other=0.0).to(tl.float32)
-    gated = gate / (1.0 + tl.exp(-gate)) * up
-    tl.store(out + row * size + columns, gated.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def rotate_kernel(
-    heads,
-    cosines,
-    sines,
-    row_stride,
-    num_heads,
-    HALF: tl.constexpr,
-    HALF_BLOCK: tl.constexpr,
-    HEADS_BLOCK: tl.constexpr,
-):
-    """Rotary positions in place, of ``[num_rows, num_heads, 2 * HALF]``. Grid: (num_rows, head blocks)."""
-    row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * HEADS_BLOCK + tl.arange(0, HEADS_BLOCK)
-    column = tl.arange(0, HALF_BLOCK)
-    inside = (head < num_heads)[:, None] & (column < HALF)[None, :]
-    cosine = tl.load(cosines + row * 2 * HALF + column, mask=column < HALF, other=0.0).to(tl.float32)
-    sine = tl.load(sines + row * HALF + column, mask=column < HALF, other=0.0).to(tl.float32)
-    first = heads + row * row_stride + head[:, None] * (2 * HALF) + column[None, :]
-    low = tl.load(first, mask=inside, other=0.0).to(tl.float32)
-    high = tl.load(first + HALF, mask=inside, other=0.0).to(tl.float32)
-    kind = heads.dtype.element_ty
-    tl.store(first, (low * cosine[None, :] - high * sine[None, :]).to(kind), mask=inside)
-    tl.store(first + HALF, (high * cosine[None, :] + low * sine[None, :]).to(kind), mask=inside)
-
-
-@triton.jit
 def write_kv_kernel(
     keys,
     values,
     slots,
     key_cache,
     value_cache,
-    key_stride,
-    value_stride,
+    KEY_STRIDE: tl.constexpr,
+    VALUE_STRIDE: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -76,8 +28,8 @@ def write_kv_kernel(
     slot = tl.load(slots + row)
     columns = tl.arange(0, BLOCK)
     inside = (columns < SIZE) & (slot >= 0)
-    key = tl.load(keys + row * key_stride + columns, mask=inside)
-    value = tl.load(values + row * value_stride + columns, mask=inside)
+    key = tl.load(keys + row * KEY_STRIDE + columns, mask=inside)
+    value = tl.load(values + row * VALUE_STRIDE + columns, mask=inside)
     tl.store(key_cache + slot * SIZE + columns, key, mask=inside)
     tl.store(value_cache + slot * SIZE + columns, value, mask=inside)
 
@@ -92,9 +44,9 @@ def paged_decode_kernel(
     out,
     partial_out,
     partial_lse,
-    query_stride,
-    table_stride,
-    scale,
+    QUERY_STRIDE: tl.constexpr,
+    TABLE_STRIDE: tl.constexpr,
+    SCALE: tl.constexpr,
     HEADS_PER_KV: tl.constexpr,
     GROUP: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -124,16 +76,16 @@ def paged_decode_kernel(
     head = kv_head * HEADS_PER_KV + group
     query_mask = (group < HEADS_PER_KV)[:, None] & (column < DIM)[None, :]
     query = tl.load(
-        queries + row * query_stride + head[:, None] * DIM + column[None, :], mask=query_mask, other=0.0
+        queries + row * QUERY_STRIDE + head[:, None] * DIM + column[None, :], mask=query_mask, other=0.0
     )
     highest = tl.full([GROUP], float("-inf"), tl.float32)
     total = tl.zeros([GROUP], tl.float32)
     gathered = tl.zeros([GROUP, DIM_BLOCK], tl.float32)
-    scale_log2 = scale * 1.4426950408889634
+    scale_log2 = SCALE * 1.4426950408889634
     for tile in range(first, last):
         position = tile * TILE + tl.arange(0, TILE)
         inside = position < keys
-        block = tl.load(tables + row * table_stride + position // BLOCK_SIZE, mask=inside, other=0)
+        block = tl.load(tables + row * TABLE_STRIDE + position // BLOCK_SIZE, mask=inside, other=0)
         slot = block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
         offset = (slot * KV_HEADS + kv_head)[:, None] * DIM + column[None, :]
         cache_mask = inside[:, None] & (column < DIM)[None, :]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from kvrelay.engine.attention import Attention
@@ -71,8 +70,8 @@ class Transformer:
         self._weights = weights
         self._attention = attention
         self._rows = rows
-        self._query_size = config.num_heads * config.head_dim
-        self._kv_size = config.num_kv_heads * config.head_dim
+        self._rotary_and_values = [config.num_heads + config.num_kv_heads, config.num_kv_heads]
+        self._queries_and_keys = [config.num_heads, config.num_kv_heads]
 
     def forward(self, batch: TokenBatch, layer_done: LayerDone | None) -> Tensor:
         """Write the batch's KV; return logits ``[len(sampled_rows), vocab_size]``."""
@@ -87,15 +86,15 @@ class Transformer:
                 layer_done(index)
             if index == last and batch.sampled_rows is not None:  # Nothing after this needs the other rows.
                 attended, hidden = attended[batch.sampled_rows], hidden[batch.sampled_rows]
-                if not len(hidden) and not self._is_sharded:
+                if not hidden.shape[0] and not self._is_sharded:
                     break
             hidden = layer.attention_output.add_to(hidden, attended)
             if layer_done is not None and self._is_sharded:  # the sum over the ranks waits for all their KV
                 layer_done(index)
-            if not len(hidden):
+            if not hidden.shape[0]:  # far quicker than len()
                 break
             hidden = layer.down.add_to(hidden, self._gated(layer, hidden))
-        if not len(hidden):
+        if not hidden.shape[0]:
             return hidden.new_empty((0, self._config.vocab_size))
         return weights.output(self._rows.rms_norm(hidden, weights.final_norm))
 
@@ -103,22 +102,15 @@ class Transformer:
         self, index: int, layer: LayerWeights, hidden: Tensor, cosines: Tensor, sines: Tensor
     ) -> Tensor:
         """``[num_rows, num_heads * head_dim]``; stores the rows' keys and values."""
-        config = self._config
         projected = layer.qkv(self._rows.rms_norm(hidden, layer.input_norm))
-        rotary, values = torch.split(projected, [self._query_size + self._kv_size, self._kv_size], 1)
-        heads = rotary.view(len(hidden), -1, config.head_dim)
+        projected = projected.view(hidden.shape[0], -1, self._config.head_dim)
+        heads, values = projected.split_with_sizes(self._rotary_and_values, 1)
         if layer.query_norm is not None and layer.key_norm is not None:
-            heads = self._norm_heads(heads, layer.query_norm, layer.key_norm)
+            heads = self._rows.norm_heads(heads, self._config.num_heads, layer.query_norm, layer.key_norm)
         heads = self._rows.rotate(heads, cosines, sines)
-        queries, keys = torch.split(heads, [config.num_heads, config.num_kv_heads], 1)
-        self._attention.write(index, keys, values.view(len(hidden), -1, config.head_dim))
+        queries, keys = heads.split_with_sizes(self._queries_and_keys, 1)
+        self._attention.write(index, keys, values)
         return self._attention.attend(index, queries).flatten(1)
-
-    def _norm_heads(self, heads: Tensor, query_norm: Tensor, key_norm: Tensor) -> Tensor:
-        queries, keys = torch.split(heads, [self._config.num_heads, self._config.num_kv_heads], 1)
-        return torch.cat(
-            (self._rows.rms_norm(queries, query_norm), self._rows.rms_norm(keys, key_norm)), dim=1
-        )
 
     def _gated(self, layer: LayerWeights, hidden: Tensor) -> Tensor:
         return self._rows.gate(layer.gate_up(self._rows.rms_norm(hidden, layer.post_attention_norm)))
