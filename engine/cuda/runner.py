@@ -12,14 +12,14 @@ from kvrelay.engine.cuda.copy_stream import Mark
 from kvrelay.engine.cuda.decode_graphs import DecodeGraphs, GraphStep
 from kvrelay.engine.cuda.kv_store import CudaKVStore
 from kvrelay.engine.cuda.sampler import PreparedDraw, drawn_tokens, is_plain
+from kvrelay.engine.executor import DrawFailed, DrawnToken, LayerDone
 from kvrelay.engine.host_tier import BlockCopy
 from kvrelay.engine.model_runner import ModelRunner
-from kvrelay.engine.paged_engine import DrawFailed, DrawnToken, LayerDone
 from kvrelay.engine.sequence import Chunk, LiveSequence
 
 
 class CudaRunner:
-    """See `kvrelay.engine.paged_engine.AheadExecutor`."""
+    """See `kvrelay.engine.executor.AheadExecutor`."""
 
     def __init__(self, eager: ModelRunner, graphs: DecodeGraphs, kv: CudaKVStore) -> None:
         self._eager = eager
@@ -119,7 +119,7 @@ class _LayerProgress:
 
 
 class LaunchedStep:
-    """See `kvrelay.engine.paged_engine.Launched`."""
+    """See `kvrelay.engine.executor.Launched`."""
 
     def __init__(self, chunks: Sequence[Chunk], step: GraphStep) -> None:
         self.chunks = chunks

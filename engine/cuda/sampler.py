@@ -12,8 +12,8 @@ from torch import Tensor
 
 from kvrelay.core.sampling import SamplingParams
 from kvrelay.engine.cuda.kernels import draw_chunk_kernel, draw_kernel, next_power_of_two
+from kvrelay.engine.executor import DrawFailed, DrawnToken
 from kvrelay.engine.noise import stream_key
-from kvrelay.engine.paged_engine import DrawFailed, DrawnToken
 from kvrelay.engine.sequence import Chunk, LiveSequence
 
 NOT_FINITE: Final = "the model's logits are not finite"

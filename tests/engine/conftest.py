@@ -11,8 +11,9 @@ import pytest
 from kvrelay.core.request import TokenRequest
 from kvrelay.core.sampling import SamplingParams
 from kvrelay.engine.config import EngineConfig, EngineKind
+from kvrelay.engine.executor import DrawFailed, DrawnToken, LayerDone
 from kvrelay.engine.interface import Engine, KVReady, SequenceFailure, SequenceKey, SequenceOutput
-from kvrelay.engine.paged_engine import DrawFailed, DrawnToken, LayerDone, PagedEngine
+from kvrelay.engine.paged_engine import PagedEngine
 from kvrelay.engine.sequence import Chunk, LiveSequence
 from kvrelay.engine.sim.engine import SimEngine
 from kvrelay.engine.sim.executor import SimExecutor
