@@ -57,9 +57,14 @@ class Executor(Protocol):
 
     def move_blocks(self, copies: Sequence[BlockCopy], *, before_receive: bool) -> None:
         """Copy blocks between device and host. The copies take effect in their order, after what was executed
-        or launched before them, and before what is executed or launched later; so for each `kv.gather` of
-        what is reported from now on. `before_receive`: a transfer is about to be told of blocks, so that its
-        `kv.scatter` has to come after these copies and all earlier ones too."""
+        or launched before them, and before what is executed or launched later. `before_receive`: a transfer
+        is about to be told of blocks, so that its `kv.scatter` has to come after these copies and all earlier
+        ones too."""
+        ...
+
+    def reveal_restored(self) -> None:
+        """What was copied to the device is about to be reported, as a part of the step whose turn has come:
+        no step is under way before it. Each `kv.gather` of it from now on comes after the copies."""
         ...
 
     def check_received(self, sequence: LiveSequence) -> str | None:
@@ -73,20 +78,30 @@ class Launched(Protocol):
     @property
     def chunks(self) -> Sequence[Chunk]: ...
 
+    def has_time(self) -> bool:
+        """Whether the device is thought to be busy with it for as long as the host needs to launch the next:
+        else its tokens would wait for the launch."""
+        ...
+
+    def advance(self) -> bool:
+        """Wait for a part of it, and report what KV is there. True: `results` is next; False: call again."""
+        ...
+
     def results(self) -> Sequence[DrawnToken | DrawFailed]:
-        """Wait for the drawn tokens, one a chunk."""
+        """Wait until it is computed, and for the tokens drawn, one a chunk that `samples`."""
         ...
 
 
 @runtime_checkable
 class AheadExecutor(Executor, Protocol):
-    """An executor that can begin a decode step before the tokens of the one before are known."""
+    """An executor that can begin a step before the tokens of the one before are known."""
 
     def can_launch(self, chunks: Sequence[Chunk]) -> bool:
-        """Whether `launch` can take this step, and those that follow of the same sequences."""
+        """Whether `launch` can take this step; if it decodes, those that follow of the same sequences too."""
         ...
 
-    def launch(self, chunks: Sequence[Chunk]) -> Launched:
-        """Begin a step. A chunk whose token is not among its sequence's yet takes the one that the step
-        launched last draws. At most two are under way."""
+    def launch(self, chunks: Sequence[Chunk], layer_done: LayerDone | None) -> Launched:
+        """Begin a step that decodes or prefills alone. A decode whose token is not among its sequence's yet
+        takes the one that the step launched last draws. At most two are under way, and the first one's
+        progress is reported meanwhile; this one's only behind the first one's `results`."""
         ...

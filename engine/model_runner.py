@@ -81,6 +81,9 @@ class ModelRunner:
             self._broadcast(tuple(copies))
         self._mover.move(copies)
 
+    def reveal_restored(self) -> None:
+        return
+
     def check_received(self, sequence: LiveSequence) -> str | None:
         return None
 

@@ -23,13 +23,14 @@ from kvrelay.engine.interface import (
     SequenceFailure,
     SequenceKey,
     SequenceOutput,
+    StartedPrefill,
     StepOutput,
 )
 from kvrelay.engine.kv_progress import KVProgress, announce_prefix_hit
 from kvrelay.engine.scheduler import Scheduler
 from kvrelay.engine.sequence import Chunk, LiveSequence, Purpose
 from kvrelay.engine.step_cost import StepCost
-from kvrelay.engine.step_plan import SchedulerLimits
+from kvrelay.engine.step_plan import SchedulerLimits, StepPlan
 
 ReadClock = Callable[[], float]
 """Seconds since an arbitrary origin."""
@@ -70,7 +71,9 @@ class PagedEngine:
         self._listener: KVReadyListener | None = None
         self._failures: list[SequenceFailure] = []
         self._ahead_executor = executor if isinstance(executor, AheadExecutor) else None
+        self._current: Launched | None = None
         self._ahead: Launched | None = None
+        self._may_plan_ahead = False
 
     @property
     def info(self) -> EngineInfo:
@@ -85,9 +88,11 @@ class PagedEngine:
 
     def submit(self, request: TokenRequest, key: SequenceKey) -> None:
         self._scheduler.submit(request, key, Purpose.GENERATE)
+        self._may_plan_ahead = True
 
     def submit_prefill(self, request: TokenRequest, key: SequenceKey) -> None:
         self._scheduler.submit(request, key, Purpose.PREFILL_ONLY)
+        self._may_plan_ahead = True
 
     def reserve(self, request: TokenRequest, key: SequenceKey) -> Reservation:
         reservation = self._scheduler.reserve(request, key)
@@ -107,48 +112,81 @@ class PagedEngine:
 
     def release(self, key: SequenceKey) -> None:
         self._scheduler.release(key)
+        self._may_plan_ahead = True
 
     def has_work(self) -> bool:
-        return bool(self._failures) or self._ahead is not None or self._scheduler.has_work()
+        is_under_way = self._current is not None or self._ahead is not None
+        return bool(self._failures) or is_under_way or self._scheduler.has_work()
 
     def step(self) -> StepOutput:
-        launched, self._ahead = self._ahead, None
-        if launched is not None:
-            return self._finish(launched)
-        began_s = self._read_clock()
-        plan = self._scheduler.schedule()
-        self._move_blocks()
-        if (
-            self._ahead_executor is not None
-            and not plan.admitted
-            and not any(chunk.sequence.purpose is Purpose.PREFILL_ONLY for chunk in plan.chunks)
-            and self._ahead_executor.can_launch(plan.chunks)
-        ):
-            return self._finish(self._ahead_executor.launch(plan.chunks))
-        listener = self._listener
-        layer_done: LayerDone | None = None
-        if listener is not None:
-            for sequence in plan.admitted:
-                announce_prefix_hit(sequence, self.kv.layout.num_layers, listener)
-            if any(chunk.sequence.purpose is Purpose.PREFILL_ONLY for chunk in plan.chunks):
-                progress = KVProgress(plan.chunks, self.kv, listener, self._layers_per_group)
-                layer_done = progress.layer_done
-        drawn = self._executor.execute(plan.chunks, layer_done) if plan.chunks else ()
-        output = self._commit(plan.chunks, drawn)
+        started: tuple[StartedPrefill, ...] = ()
+        if self._current is None:
+            if self._ahead is None:
+                began_s = self._read_clock()
+                plan = self._scheduler.schedule()
+                self._move_blocks()
+                started = self._begin(plan.chunks)
+                if self._ahead_executor is None or not self._ahead_executor.can_launch(plan.chunks):
+                    return self._execute(plan, started, began_s)
+                self._current = self._launch(plan.chunks)
+            else:
+                self._current, self._ahead = self._ahead, None
+                started = self._begin(self._current.chunks)
+            self._may_plan_ahead = True
+        return self._go_on(self._current, started)
+
+    def _begin(self, chunks: Sequence[Chunk]) -> tuple[StartedPrefill, ...]:
+        """A step's turn has come: report what the cache had of those that it computes first."""
+        self._executor.reveal_restored()
+        begun = [
+            sequence
+            for sequence in self._scheduler.begin(chunks)
+            if sequence.purpose is Purpose.PREFILL_ONLY and self._scheduler.is_live(sequence)
+        ]
+        if self._listener is not None:
+            for sequence in begun:
+                announce_prefix_hit(sequence, self.kv.layout.num_layers, self._listener)
+        return tuple(StartedPrefill(sequence.key, sequence.num_cached_tokens) for sequence in begun)
+
+    def _execute(self, plan: StepPlan, started: tuple[StartedPrefill, ...], began_s: float) -> StepOutput:
+        """One whole step, with nothing else under way."""
+        drawn = self._executor.execute(plan.chunks, self._layer_done(plan.chunks)) if plan.chunks else ()
+        output = self._commit(plan.chunks, drawn, started)
         if self._step_cost is not None and plan.shape is not None:
             self._step_cost.observe(plan.shape, self._read_clock() - began_s)
         return output
 
-    def _finish(self, launched: Launched) -> StepOutput:
-        """Begin the step after `launched` if it can be told already, then wait for this one."""
+    def _go_on(self, current: Launched, started: tuple[StartedPrefill, ...]) -> StepOutput:
+        """Launch the step after `current` if it can be told already; wait for this one or a part of it."""
+        if self._ahead is None and self._may_plan_ahead and current.has_time():
+            self._launch_ahead(current)
+        if not current.advance():
+            return StepOutput(failures=self._take_failures(), started=started, is_partial=True)
+        results = current.results()
+        self._current = None
+        self._scheduler.land()
+        return self._commit(current.chunks, results, started)
+
+    def _launch_ahead(self, current: Launched) -> None:
         assert self._ahead_executor is not None
-        ahead = self._scheduler.schedule_ahead(launched.chunks)
+        self._may_plan_ahead = False  # until something changes
+        chunks = self._scheduler.schedule_ahead(current.chunks)
         self._move_blocks()
-        if self._ahead_executor.can_launch(ahead):
-            self._ahead = self._ahead_executor.launch(ahead)
-        results = launched.results()
-        self._scheduler.land(launched.chunks, () if self._ahead is None else ahead)
-        return self._commit(launched.chunks, results)
+        if chunks and self._ahead_executor.can_launch(chunks):
+            self._ahead = self._launch(chunks)
+
+    def _launch(self, chunks: Sequence[Chunk]) -> Launched:
+        assert self._ahead_executor is not None
+        self._scheduler.launch(chunks)
+        return self._ahead_executor.launch(chunks, self._layer_done(chunks))
+
+    def _layer_done(self, chunks: Sequence[Chunk]) -> LayerDone | None:
+        if self._listener is None or all(item.sequence.purpose is Purpose.GENERATE for item in chunks):
+            return None
+        progress = KVProgress(
+            chunks, self.kv, self._listener, self._layers_per_group, self._scheduler.is_live
+        )
+        return progress.layer_done
 
     def load(self) -> EngineLoad:
         return self._scheduler.load()
@@ -170,7 +208,12 @@ class PagedEngine:
         if copies or before_receive:
             self._executor.move_blocks(copies, before_receive=before_receive)
 
-    def _commit(self, chunks: Sequence[Chunk], drawn: Sequence[DrawnToken | DrawFailed]) -> StepOutput:
+    def _commit(
+        self,
+        chunks: Sequence[Chunk],
+        drawn: Sequence[DrawnToken | DrawFailed],
+        started: tuple[StartedPrefill, ...],
+    ) -> StepOutput:
         outputs: list[SequenceOutput] = []
         num_prefill_tokens = num_decode_tokens = 0
         results = iter(drawn)
@@ -180,7 +223,7 @@ class PagedEngine:
             else:
                 num_decode_tokens += chunk.num_tokens
             result = next(results) if chunk.samples else None
-            if not self._scheduler.is_live(chunk.sequence):  # Released by the listener in this very step.
+            if not self._scheduler.is_live(chunk.sequence):  # Released while it was computed.
                 continue
             if isinstance(result, DrawFailed):  # Its KV is suspect: it does not join the prefix cache.
                 self._scheduler.release(chunk.sequence.key)
@@ -189,8 +232,12 @@ class PagedEngine:
             self._scheduler.mark_computed(chunk)
             if result is not None:
                 outputs.append(self._deliver(chunk.sequence, result))
+        failures = self._take_failures()
+        return StepOutput(tuple(outputs), failures, num_prefill_tokens, num_decode_tokens, started)
+
+    def _take_failures(self) -> tuple[SequenceFailure, ...]:
         failures, self._failures = tuple(self._failures), []
-        return StepOutput(tuple(outputs), failures, num_prefill_tokens, num_decode_tokens)
+        return failures
 
     def _deliver(self, sequence: LiveSequence, drawn: DrawnToken) -> SequenceOutput:
         index = sequence.num_output_tokens

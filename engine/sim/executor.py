@@ -90,6 +90,9 @@ class SimExecutor:
             else:
                 self._blocks[:, :, block] = self._host_blocks[slot]
 
+    def reveal_restored(self) -> None:
+        return
+
     def check_received(self, sequence: LiveSequence) -> str | None:
         sums = self._stamps.prefix_sums(sequence.token_ids)
         expected = self._stamps.stamps(sums)
