@@ -25,7 +25,7 @@ def next_decodes(
     for sequence in running:
         chunk = under_way.get(id(sequence))
         start = sequence.num_computed_tokens if chunk is None else chunk.end
-        if chunk is None and len(sequence.token_ids) - start != 1:
+        if chunk is None and (len(sequence.token_ids) - start != 1 or start < sequence.prefill_end_tokens):
             return []
         if chunk is not None and sequence.ends_with_length(start + 1, info.max_model_len):
             continue

@@ -41,8 +41,9 @@ PROMISE_SHARE: Final = 0.9
 class PagedEngine:
     """See `kvrelay.engine.interface.Engine`, which it implements.
 
-    With `itl_promise_ms` it measures the steps that decode and prefill, by `read_clock`, and lets them
-    prefill only what keeps them within the promise.
+    Where the executor can, the next step is launched before the tokens of the one before are known, while
+    `runs_ahead` is set; it may change at any time. With `itl_promise_ms` it measures the steps that decode
+    and prefill, by `read_clock`, and lets them prefill only what keeps them within the promise.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class PagedEngine:
         self._ahead_executor = executor if isinstance(executor, AheadExecutor) else None
         self._current: Launched | None = None
         self._ahead: Launched | None = None
+        self.runs_ahead = True
         self._may_plan_ahead = False
 
     @property
@@ -158,7 +160,8 @@ class PagedEngine:
 
     def _go_on(self, current: Launched, started: tuple[StartedPrefill, ...]) -> StepOutput:
         """Launch the step after `current` if it can be told already; wait for this one or a part of it."""
-        if self._ahead is None and self._may_plan_ahead and current.has_time():
+        may_launch = self.runs_ahead and self._may_plan_ahead and self._ahead is None
+        if may_launch and current.has_time():
             self._launch_ahead(current)
         if not current.advance():
             return StepOutput(failures=self._take_failures(), started=started, is_partial=True)

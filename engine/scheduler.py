@@ -110,6 +110,7 @@ class Scheduler:
             self.release(key)
             return
         self._num_reserved -= 1
+        sequence.has_begun = True
         self._run(sequence)
 
     def release(self, key: SequenceKey) -> None:

@@ -391,6 +391,17 @@ def test_release_while_decoding_after_a_handoff(build_engine, drive, request_of,
     assert_idle(target.engine)
 
 
+def test_what_is_about_to_decode_counts_as_running(build_engine, drive, request_of, prompt_of, move_kv):
+    request = request_of(prompt_of(12), max_tokens=20)
+    source, target = drive(build_engine()), drive(build_engine())
+    source.engine.submit_prefill(request, "s")
+    source.run()
+    move_kv(source.engine, target.engine, "s", request, source.ready)
+    target.engine.start_decode("s", source.tokens("s")[0])
+    load = target.engine.load()
+    assert (load.num_running, load.num_waiting, load.num_waiting_tokens) == (1, 0, 0)
+
+
 def test_start_decode_with_a_finishing_token_frees_the_sequence(
     build_engine, drive, request_of, prompt_of, move_kv
 ):

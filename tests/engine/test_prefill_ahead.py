@@ -215,6 +215,15 @@ def test_what_cant_be_launched_is_computed_behind_and_told_once(build_ahead, req
         transfer.check(key, request)
 
 
+def test_nothing_is_launched_ahead_where_that_is_turned_off(build_ahead, request_of, prompt_of):
+    engine = build_ahead()
+    engine.runs_ahead = False
+    for key in "ab":
+        engine.submit_prefill(request_of(prompt_of(BUDGET, ord(key))), key)
+    steps_until_idle(engine)
+    assert [what for what, _ in engine._executor.log] == ["launch", "read", "launch", "read"]
+
+
 def test_nothing_is_launched_ahead_of_a_first_decode(build_ahead, drive, request_of, prompt_of):
     driver = drive(build_ahead())
     driver.engine.submit(request_of(prompt_of(BUDGET, 1), max_tokens=9), "decodes")
