@@ -87,7 +87,7 @@ class EngineThread:
         self._commands.put(command)
 
     def stop(self, timeout_s: float) -> bool:
-        """End after the step that runs now. Blocks up to `timeout_s`; False if the thread still runs then."""
+        """End after the part of a step that runs now. Blocks up to `timeout_s`; False: it still runs then."""
         if self._thread.is_alive():
             self._commands.put(_Stop())
             self._thread.join(timeout_s)

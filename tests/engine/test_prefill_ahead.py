@@ -4,46 +4,16 @@ from __future__ import annotations
 
 from random import Random
 
-import numpy as np
 import pytest
 
 from kvrelay.core.errors import Overloaded
 from kvrelay.engine.interface import StartedPrefill
 from kvrelay.engine.sim.timing import SimTiming
+from tests.engine.instant_transfer import InstantTransfer
 from tests.engine.random_traffic import run_random_traffic
 
 BUDGET = 32
 """Tokens of a step, as `SMALL` has it."""
-
-
-class Transfer:
-    """Gathers each range the moment it is announced, as the transfer thread may, and keeps it by key."""
-
-    def __init__(self, engine):
-        self.engine = engine
-        self.ready = {}
-        engine.set_kv_ready_listener(self)
-
-    def __call__(self, ready):
-        kv = self.engine.kv
-        size = len(ready.layers) * len(ready.tokens) * kv.layout.token_bytes_per_layer
-        staging = kv.allocate_staging(size)
-        kv.gather(ready.block_table, ready.layers, ready.tokens, staging, 0)
-        self.ready.setdefault(ready.key, []).append((ready, bytes(staging.host_view()[:size])))
-
-    def check(self, key, request):
-        """All KV of the prompt came once, in order, and is what its tokens say."""
-        layout = self.engine.kv.layout
-        stamps = self.engine._executor._stamps
-        expected = stamps.stamps(stamps.prefix_sums(request.token_ids))
-        cells = []
-        for ready, received in self.ready[key]:
-            layers, tokens = ready.layers, ready.tokens
-            wanted = expected[layers.start : layers.stop, :, tokens.start : tokens.stop]
-            assert np.array_equal(np.frombuffer(received, dtype=np.uint64).reshape(wanted.shape), wanted)
-            cells += [(tokens.start, layer) for layer in layers for _ in tokens]
-        assert cells == sorted(cells), "in order of tokens, then of layers"
-        assert len(cells) == layout.num_layers * len(request.token_ids)
 
 
 def steps_until_idle(engine):
@@ -60,7 +30,7 @@ def test_the_next_prompt_is_launched_before_the_token_of_the_one_before_is_read(
     requests = {key: request_of(prompt_of(BUDGET, variant)) for variant, key in enumerate("abc")}
     alone = {key: drive(build_sim()).generate(request)[0][0] for key, request in requests.items()}
     engine = build_ahead()
-    transfer, driver = Transfer(engine), drive(engine)
+    transfer, driver = InstantTransfer(engine), drive(engine)
     engine.set_kv_ready_listener(transfer)
     for key, request in requests.items():
         engine.submit_prefill(request, key)
@@ -82,7 +52,7 @@ def test_the_next_chunk_is_launched_before_the_one_before_is_computed(
     build_ahead, drive, request_of, prompt_of
 ):
     engine = build_ahead()
-    transfer, driver = Transfer(engine), drive(engine)
+    transfer, driver = InstantTransfer(engine), drive(engine)
     engine.set_kv_ready_listener(transfer)
     request = request_of(prompt_of(3 * BUDGET + 5))
     engine.submit_prefill(request, "a")
@@ -111,7 +81,7 @@ def test_a_cached_prefix_is_announced_at_its_sequences_turn(build_ahead, request
     engine = build_ahead()
     engine.submit(request_of(prompt_of(9), max_tokens=1), "before")
     steps_until_idle(engine)
-    transfer = Transfer(engine)
+    transfer = InstantTransfer(engine)
     request = request_of([*prompt_of(9)[:8], *prompt_of(BUDGET, 2)[8:]])
     engine.submit_prefill(request_of(prompt_of(BUDGET, 1)), "a")
     engine.submit_prefill(request, "b")
@@ -152,7 +122,7 @@ def test_what_queued_steps_use_is_freed_when_each_is_over(build_ahead, request_o
 def test_nothing_is_announced_of_a_sequence_that_was_released(build_ahead, request_of, prompt_of):
     engine = build_ahead()
     engine._executor.num_parts = 2
-    transfer = Transfer(engine)
+    transfer = InstantTransfer(engine)
     engine.submit_prefill(request_of(prompt_of(BUDGET, 1)), "a")
     engine.submit_prefill(request_of(prompt_of(BUDGET, 2)), "b")
     engine.step()
@@ -203,7 +173,7 @@ def test_a_prompt_whose_prefix_is_cached_already_waits_for_nothing(build_ahead, 
 
 def test_what_cant_be_launched_is_computed_behind_and_told_once(build_ahead, request_of, prompt_of):
     engine = build_ahead()
-    transfer = Transfer(engine)
+    transfer = InstantTransfer(engine)
     requests = [request_of(prompt_of(BUDGET, 1)), request_of(prompt_of(BUDGET, 2), num_logprobs=1)]
     for key, request in zip("ab", requests, strict=True):
         engine.submit_prefill(request, key)
@@ -259,7 +229,7 @@ def test_random_prompts_of_a_prefill_node_give_their_kv_and_leak_nothing(
     alone = {key: drive(build_sim()).generate(request)[0][0] for key, request in requests.items()}
     engine = build_ahead(num_blocks=random.randint(40, 90), host_kv_bytes=random.choice([0, 256 * 30]))
     engine._executor.num_parts = num_parts
-    transfer, driver = Transfer(engine), drive(engine)
+    transfer, driver = InstantTransfer(engine), drive(engine)
     engine.set_kv_ready_listener(transfer)
     waiting, held, cancelled = list(requests), [], set()
     while waiting or engine.has_work() or held:
