@@ -28,9 +28,9 @@ from kvrelay.engine.row_operations import RowOperations, TorchRows
 if TYPE_CHECKING:
     from kvrelay.engine.compiled.openmp import OpenMP
     from kvrelay.engine.cuda.decode_graphs import DecodeGraphs
+    from kvrelay.engine.executor import Executor
     from kvrelay.engine.model.transformer import Transformer
     from kvrelay.engine.model_runner import ModelRunner
-    from kvrelay.engine.paged_engine import Executor
 
 logger = logging.getLogger(__name__)
 

@@ -108,4 +108,7 @@ class ForwardPass:
         return self._model.forward(batch, layer_done)
 
     def _upload(self, array: Int64s) -> Tensor:
-        return torch.from_numpy(array).to(self._device)
+        tensor = torch.from_numpy(array)
+        if self._device.type == "cuda":  # or the copy would wait for the step that is under way
+            tensor = tensor.pin_memory()
+        return tensor.to(self._device, non_blocking=True)

@@ -8,7 +8,7 @@ known by the key its node gives it. Lifecycles:
   held until `release`.
 * decode node:    `reserve` -> (the KV arrives through `kv.scatter`) -> `start_decode` -> tokens until a
   finish reason; then it is freed by itself.
-* any of them:    `release` frees at once whatever the key still holds; unknown keys are ignored.
+* any of them:    `release` frees whatever the key still holds; unknown keys are ignored.
 """
 
 from __future__ import annotations
@@ -86,13 +86,27 @@ class KVReadyListener(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class StartedPrefill:
+    """A `submit_prefill` sequence whose turn has come; `num_cached_tokens` were in the prefix cache."""
+
+    key: SequenceKey
+    num_cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What one `step` produced. `num_prefill_tokens` and `num_decode_tokens` were computed in it."""
+    """What one call of `step` produced.
+
+    `started` began to be computed when the call did. `num_prefill_tokens` and `num_decode_tokens` belong to
+    the batch that is whole now; `is_partial`: none is, the next call goes on with the one under way.
+    """
 
     outputs: tuple[SequenceOutput, ...] = ()
     failures: tuple[SequenceFailure, ...] = ()
     num_prefill_tokens: int = 0
     num_decode_tokens: int = 0
+    started: tuple[StartedPrefill, ...] = ()
+    is_partial: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +200,8 @@ class Engine(Protocol):
         ...
 
     def release(self, key: SequenceKey) -> None:
-        """Stop the sequence if it runs and free all it holds. Unknown keys are ignored."""
+        """Stop the sequence if it runs and free all it holds, at once or, where the device is computing it,
+        as soon as that is over. Unknown keys are ignored."""
         ...
 
     def has_work(self) -> bool:
@@ -194,7 +209,8 @@ class Engine(Protocol):
         ...
 
     def step(self) -> StepOutput:
-        """Compute one batch. A sequence that fails is in `failures`; a fault of the engine itself raises."""
+        """Compute one batch, or a part of it: anything may be called in between. A sequence that fails is in
+        `failures`; a fault of the engine itself raises."""
         ...
 
     def load(self) -> EngineLoad: ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -23,7 +23,7 @@ def default_layers_per_group(layout: KVLayout, device_kind: DeviceKind, num_toke
 
 
 def announce_prefix_hit(sequence: LiveSequence, num_layers: int, listener: KVReadyListener) -> None:
-    """Report the cached prefix of a prefill-only sequence that has just been admitted."""
+    """Report the cached prefix of a prefill-only sequence whose first step has its turn."""
     if sequence.purpose is Purpose.PREFILL_ONLY and sequence.num_cached_tokens:
         listener(
             KVReady(
@@ -37,6 +37,7 @@ def announce_prefix_hit(sequence: LiveSequence, num_layers: int, listener: KVRea
 
 @dataclass(frozen=True, slots=True)
 class _Watched:
+    sequence: LiveSequence
     key: SequenceKey
     block_table: tuple[BlockId, ...]
     tokens: range
@@ -44,7 +45,8 @@ class _Watched:
 
 
 class KVProgress:
-    """One step's progress. The executor calls `layer_done` for each layer, first to last."""
+    """One step's progress. The executor calls `layer_done` for each layer, first to last; sequences that are
+    not `is_live` any more are not reported."""
 
     def __init__(
         self,
@@ -52,11 +54,14 @@ class KVProgress:
         kv: KVStore,
         listener: KVReadyListener,
         layers_per_group: int | None,
+        is_live: Callable[[LiveSequence], bool],
     ) -> None:
+        self._is_live = is_live
         self._num_layers = kv.layout.num_layers
         self._listener = listener
         self._watched = [
             _Watched(
+                chunk.sequence,
                 chunk.sequence.key,
                 tuple(chunk.sequence.block_table),
                 range(chunk.start, chunk.end),
@@ -72,6 +77,8 @@ class KVProgress:
         for watched in self._watched:
             size = watched.layers_per_group
             if num_done % size and num_done != self._num_layers:
+                continue
+            if not self._is_live(watched.sequence):
                 continue
             layers = range(layer // size * size, num_done)
             self._listener(KVReady(watched.key, watched.block_table, layers, watched.tokens))

@@ -12,10 +12,10 @@ from kvrelay.core.errors import InvalidRequest
 from kvrelay.core.kv import KVStore
 from kvrelay.core.request import TokenRequest
 from kvrelay.engine.block_mover import BlockMover
+from kvrelay.engine.executor import DrawFailed, DrawnToken, LayerDone
 from kvrelay.engine.forward_pass import ForwardPass, StepInputs, step_inputs
 from kvrelay.engine.grammar import GrammarCompiler
 from kvrelay.engine.host_tier import BlockCopy
-from kvrelay.engine.paged_engine import DrawFailed, DrawnToken, LayerDone
 from kvrelay.engine.sampler import DrawRequest, draw
 from kvrelay.engine.sequence import Chunk, LiveSequence
 from kvrelay.engine.token_mask import allowed_tokens
@@ -24,7 +24,7 @@ Broadcast: TypeAlias = Callable[[StepInputs | tuple[BlockCopy, ...]], None]
 
 
 class ModelRunner:
-    """See `kvrelay.engine.paged_engine.Executor`. `broadcast` brings steps' inputs to the other ranks."""
+    """See `kvrelay.engine.executor.Executor`. `broadcast` brings steps' inputs to the other ranks."""
 
     def __init__(
         self,
@@ -80,6 +80,9 @@ class ModelRunner:
         if self._broadcast is not None:
             self._broadcast(tuple(copies))
         self._mover.move(copies)
+
+    def reveal_restored(self) -> None:
+        return
 
     def check_received(self, sequence: LiveSequence) -> str | None:
         return None

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Final, NamedTuple, Protocol, runtime_checkable
+from typing import Final
 
 from kvrelay.core.kv import KVStore
 from kvrelay.core.kv_events import KVChanges
-from kvrelay.core.request import TokenLogprobs, TokenRequest
+from kvrelay.core.request import TokenRequest
 from kvrelay.engine.block_pool import BlockPool
-from kvrelay.engine.host_tier import BlockCopy, HostTier
+from kvrelay.engine.executor import AheadExecutor, DrawFailed, DrawnToken, Executor, Launched, LayerDone
+from kvrelay.engine.host_tier import HostTier
 from kvrelay.engine.interface import (
     EngineInfo,
     EngineLoad,
@@ -24,13 +24,14 @@ from kvrelay.engine.interface import (
     SequenceFailure,
     SequenceKey,
     SequenceOutput,
+    StartedPrefill,
     StepOutput,
 )
 from kvrelay.engine.kv_progress import KVProgress, announce_prefix_hit
 from kvrelay.engine.scheduler import Scheduler
 from kvrelay.engine.sequence import Chunk, LiveSequence, Purpose
 from kvrelay.engine.step_cost import StepCost
-from kvrelay.engine.step_plan import SchedulerLimits
+from kvrelay.engine.step_plan import SchedulerLimits, StepPlan
 
 ReadClock = Callable[[], float]
 """Seconds since an arbitrary origin."""
@@ -38,91 +39,12 @@ PROMISE_SHARE: Final = 0.9
 """Of the promised inter-token latency a step aims at this share: steps of one shape vary."""
 
 
-class DrawnToken(NamedTuple):
-    """The next token of one sequence."""
-
-    token_id: int
-    logprobs: TokenLogprobs | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class DrawFailed:
-    """The sequence can't go on. `field` as in `SequenceFailure`."""
-
-    message: str
-    field: str = ""
-
-
-LayerDone = Callable[[int], None]
-"""Called with each layer's index, first to last, when its KV of all of the step's tokens is in the cache."""
-
-
-class Executor(Protocol):
-    """What computes a planned step."""
-
-    @property
-    def kv(self) -> KVStore: ...
-
-    def prepare_thread(self) -> None:
-        """See `kvrelay.engine.interface.Engine`."""
-        ...
-
-    def prepare(self, request: TokenRequest) -> object:
-        """A new sequence's `executor_state`.
-
-        Raises:
-            InvalidRequest: it can't serve this request; `field` says why.
-        """
-        ...
-
-    def execute(
-        self, chunks: Sequence[Chunk], layer_done: LayerDone | None
-    ) -> Sequence[DrawnToken | DrawFailed]:
-        """Compute the chunks' KV and draw the next token of each chunk that `samples`, in their order."""
-        ...
-
-    def move_blocks(self, copies: Sequence[BlockCopy], *, before_receive: bool) -> None:
-        """Copy blocks between device and host. The copies take effect in their order, after what was executed
-        or launched before them, and before what is executed or launched later; so for each `kv.gather` of
-        what is reported from now on. `before_receive`: a transfer is about to be told of blocks, so that its
-        `kv.scatter` has to come after these copies and all earlier ones too."""
-        ...
-
-    def check_received(self, sequence: LiveSequence) -> str | None:
-        """What is wrong with the KV that a reserved sequence has received; None: nothing that shows."""
-        ...
-
-
-class Launched(Protocol):
-    """A step under way."""
-
-    @property
-    def chunks(self) -> Sequence[Chunk]: ...
-
-    def results(self) -> Sequence[DrawnToken | DrawFailed]:
-        """Wait for the drawn tokens, one a chunk."""
-        ...
-
-
-@runtime_checkable
-class AheadExecutor(Executor, Protocol):
-    """An executor that can begin a decode step before the tokens of the one before are known."""
-
-    def can_launch(self, chunks: Sequence[Chunk]) -> bool:
-        """Whether `launch` can take this step, and those that follow of the same sequences."""
-        ...
-
-    def launch(self, chunks: Sequence[Chunk]) -> Launched:
-        """Begin a step. A chunk whose token is not among its sequence's yet takes the one that the step
-        launched last draws. At most two are under way."""
-        ...
-
-
 class PagedEngine:
     """See `kvrelay.engine.interface.Engine`, which it implements.
 
-    With `itl_promise_ms` it measures the steps that decode and prefill, by `read_clock`, and lets them
-    prefill only what keeps them within the promise.
+    Where the executor can, the next step is launched before the tokens of the one before are known, while
+    `runs_ahead` is set; it may change at any time. With `itl_promise_ms` it measures the steps that decode
+    and prefill, by `read_clock`, and lets them prefill only what keeps them within the promise.
     """
 
     def __init__(
@@ -151,7 +73,10 @@ class PagedEngine:
         self._listener: KVReadyListener | None = None
         self._failures: list[SequenceFailure] = []
         self._ahead_executor = executor if isinstance(executor, AheadExecutor) else None
+        self._current: Launched | None = None
         self._ahead: Launched | None = None
+        self.runs_ahead = True
+        self._may_plan_ahead = False
 
     @property
     def info(self) -> EngineInfo:
@@ -166,9 +91,11 @@ class PagedEngine:
 
     def submit(self, request: TokenRequest, key: SequenceKey) -> None:
         self._scheduler.submit(request, key, Purpose.GENERATE)
+        self._may_plan_ahead = True
 
     def submit_prefill(self, request: TokenRequest, key: SequenceKey) -> None:
         self._scheduler.submit(request, key, Purpose.PREFILL_ONLY)
+        self._may_plan_ahead = True
 
     def reserve(self, request: TokenRequest, key: SequenceKey) -> Reservation:
         reservation = self._scheduler.reserve(request, key)
@@ -188,48 +115,82 @@ class PagedEngine:
 
     def release(self, key: SequenceKey) -> None:
         self._scheduler.release(key)
+        self._may_plan_ahead = True
 
     def has_work(self) -> bool:
-        return bool(self._failures) or self._ahead is not None or self._scheduler.has_work()
+        is_under_way = self._current is not None or self._ahead is not None
+        return bool(self._failures) or is_under_way or self._scheduler.has_work()
 
     def step(self) -> StepOutput:
-        launched, self._ahead = self._ahead, None
-        if launched is not None:
-            return self._finish(launched)
-        began_s = self._read_clock()
-        plan = self._scheduler.schedule()
-        self._move_blocks()
-        if (
-            self._ahead_executor is not None
-            and not plan.admitted
-            and not any(chunk.sequence.purpose is Purpose.PREFILL_ONLY for chunk in plan.chunks)
-            and self._ahead_executor.can_launch(plan.chunks)
-        ):
-            return self._finish(self._ahead_executor.launch(plan.chunks))
-        listener = self._listener
-        layer_done: LayerDone | None = None
-        if listener is not None:
-            for sequence in plan.admitted:
-                announce_prefix_hit(sequence, self.kv.layout.num_layers, listener)
-            if any(chunk.sequence.purpose is Purpose.PREFILL_ONLY for chunk in plan.chunks):
-                progress = KVProgress(plan.chunks, self.kv, listener, self._layers_per_group)
-                layer_done = progress.layer_done
-        drawn = self._executor.execute(plan.chunks, layer_done) if plan.chunks else ()
-        output = self._commit(plan.chunks, drawn)
+        started: tuple[StartedPrefill, ...] = ()
+        if self._current is None:
+            if self._ahead is None:
+                began_s = self._read_clock()
+                plan = self._scheduler.schedule()
+                self._move_blocks()
+                started = self._begin(plan.chunks)
+                if self._ahead_executor is None or not self._ahead_executor.can_launch(plan.chunks):
+                    return self._execute(plan, started, began_s)
+                self._current = self._launch(plan.chunks)
+            else:
+                self._current, self._ahead = self._ahead, None
+                started = self._begin(self._current.chunks)
+            self._may_plan_ahead = True
+        return self._go_on(self._current, started)
+
+    def _begin(self, chunks: Sequence[Chunk]) -> tuple[StartedPrefill, ...]:
+        """A step's turn has come: report what the cache had of those that it computes first."""
+        self._executor.reveal_restored()
+        begun = [
+            sequence
+            for sequence in self._scheduler.begin(chunks)
+            if sequence.purpose is Purpose.PREFILL_ONLY and self._scheduler.is_live(sequence)
+        ]
+        if self._listener is not None:
+            for sequence in begun:
+                announce_prefix_hit(sequence, self.kv.layout.num_layers, self._listener)
+        return tuple(StartedPrefill(sequence.key, sequence.num_cached_tokens) for sequence in begun)
+
+    def _execute(self, plan: StepPlan, started: tuple[StartedPrefill, ...], began_s: float) -> StepOutput:
+        """One whole step, with nothing else under way."""
+        drawn = self._executor.execute(plan.chunks, self._layer_done(plan.chunks)) if plan.chunks else ()
+        output = self._commit(plan.chunks, drawn, started)
         if self._step_cost is not None and plan.shape is not None:
             self._step_cost.observe(plan.shape, self._read_clock() - began_s)
         return output
 
-    def _finish(self, launched: Launched) -> StepOutput:
-        """Begin the step after `launched` if it can be told already, then wait for this one."""
+    def _go_on(self, current: Launched, started: tuple[StartedPrefill, ...]) -> StepOutput:
+        """Launch the step after `current` if it can be told already; wait for this one or a part of it."""
+        may_launch = self.runs_ahead and self._may_plan_ahead and self._ahead is None
+        if may_launch and current.has_time():
+            self._launch_ahead(current)
+        if not current.advance():
+            return StepOutput(failures=self._take_failures(), started=started, is_partial=True)
+        results = current.results()
+        self._current = None
+        self._scheduler.land()
+        return self._commit(current.chunks, results, started)
+
+    def _launch_ahead(self, current: Launched) -> None:
         assert self._ahead_executor is not None
-        ahead = self._scheduler.schedule_ahead(launched.chunks)
+        self._may_plan_ahead = False  # until something changes
+        chunks = self._scheduler.schedule_ahead(current.chunks)
         self._move_blocks()
-        if self._ahead_executor.can_launch(ahead):
-            self._ahead = self._ahead_executor.launch(ahead)
-        results = launched.results()
-        self._scheduler.land(launched.chunks, () if self._ahead is None else ahead)
-        return self._commit(launched.chunks, results)
+        if chunks and self._ahead_executor.can_launch(chunks):
+            self._ahead = self._launch(chunks)
+
+    def _launch(self, chunks: Sequence[Chunk]) -> Launched:
+        assert self._ahead_executor is not None
+        self._scheduler.launch(chunks)
+        return self._ahead_executor.launch(chunks, self._layer_done(chunks))
+
+    def _layer_done(self, chunks: Sequence[Chunk]) -> LayerDone | None:
+        if self._listener is None or all(item.sequence.purpose is Purpose.GENERATE for item in chunks):
+            return None
+        progress = KVProgress(
+            chunks, self.kv, self._listener, self._layers_per_group, self._scheduler.is_live
+        )
+        return progress.layer_done
 
     def load(self) -> EngineLoad:
         return self._scheduler.load()
@@ -254,7 +215,12 @@ class PagedEngine:
         if copies or before_receive:
             self._executor.move_blocks(copies, before_receive=before_receive)
 
-    def _commit(self, chunks: Sequence[Chunk], drawn: Sequence[DrawnToken | DrawFailed]) -> StepOutput:
+    def _commit(
+        self,
+        chunks: Sequence[Chunk],
+        drawn: Sequence[DrawnToken | DrawFailed],
+        started: tuple[StartedPrefill, ...],
+    ) -> StepOutput:
         outputs: list[SequenceOutput] = []
         num_prefill_tokens = num_decode_tokens = 0
         results = iter(drawn)
@@ -264,7 +230,7 @@ class PagedEngine:
             else:
                 num_decode_tokens += chunk.num_tokens
             result = next(results) if chunk.samples else None
-            if not self._scheduler.is_live(chunk.sequence):  # Released by the listener in this very step.
+            if not self._scheduler.is_live(chunk.sequence):  # Released while it was computed.
                 continue
             if isinstance(result, DrawFailed):  # Its KV is suspect: it does not join the prefix cache.
                 self._scheduler.release(chunk.sequence.key)
@@ -273,8 +239,12 @@ class PagedEngine:
             self._scheduler.mark_computed(chunk)
             if result is not None:
                 outputs.append(self._deliver(chunk.sequence, result))
+        failures = self._take_failures()
+        return StepOutput(tuple(outputs), failures, num_prefill_tokens, num_decode_tokens, started)
+
+    def _take_failures(self) -> tuple[SequenceFailure, ...]:
         failures, self._failures = tuple(self._failures), []
-        return StepOutput(tuple(outputs), failures, num_prefill_tokens, num_decode_tokens)
+        return failures
 
     def _deliver(self, sequence: LiveSequence, drawn: DrawnToken) -> SequenceOutput:
         index = sequence.num_output_tokens

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from kvrelay.core.request import TokenLogprobs
 from kvrelay.core.sampling import SamplingParams
+from kvrelay.engine.executor import DrawFailed, DrawnToken
 from kvrelay.engine.noise import gumbel_noise, stream_key
-from kvrelay.engine.paged_engine import DrawFailed, DrawnToken
 
 _NUM_NUCLEUS_GUESS: Final = 512
 """Top-p looks at this many of the likeliest tokens before it sorts the whole vocabulary."""

@@ -23,6 +23,7 @@ from operator import attrgetter
 from kvrelay.core.block_hash import root_hash
 from kvrelay.core.errors import DuplicateRequest, InvalidRequest, Overloaded
 from kvrelay.core.request import FinishReason, TokenRequest, check_fits_model
+from kvrelay.engine.ahead_plan import next_decodes, next_prefills
 from kvrelay.engine.block_pool import BlockPool
 from kvrelay.engine.host_tier import BlockCopy
 from kvrelay.engine.interface import EngineInfo, EngineLoad, Reservation, SequenceKey
@@ -109,6 +110,7 @@ class Scheduler:
             self.release(key)
             return
         self._num_reserved -= 1
+        sequence.has_begun = True
         self._run(sequence)
 
     def release(self, key: SequenceKey) -> None:
@@ -138,42 +140,45 @@ class Scheduler:
         plan = StepPlan()
         for sequence in list(self._running):
             if len(sequence.token_ids) - sequence.num_computed_tokens == 1 and self._grow(sequence):
-                plan.add(sequence, 1)
+                plan.add(sequence, sequence.num_computed_tokens, 1)
         for sequence in self._running:
             if len(sequence.token_ids) - sequence.num_computed_tokens > 1:
-                self._add_prefill(plan, sequence)
+                self._budget.fill(plan, sequence, sequence.num_computed_tokens)
         self._admit_waiting(plan)
         return plan
 
-    def schedule_ahead(self, chunks: Sequence[Chunk]) -> list[Chunk]:
-        """Plan the step after `chunks`, which are under way and decode alone, before their tokens are known.
+    def schedule_ahead(self, chunks: Sequence[Chunk]) -> Sequence[Chunk]:
+        """Plan the step after `chunks`, the last step launched, before its tokens are known.
 
-        Empty where that step can't be told yet: someone waits and may be admitted, or blocks are so few that
-        a sequence may have to be interrupted. Sequences that end by their length are left out.
+        Empty where that step can't be told yet. Behind a step that decodes comes one that decodes; behind one
+        that prefills, one that prefills and may admit who waits.
         """
+        if all(chunk.is_prefill for chunk in chunks):
+            plan = (
+                None if self._num_reserved else next_prefills(chunks, self._running, self._budget, self._info)
+            )
+            if plan is None:
+                return ()
+            self._admit_waiting(plan, chunks)
+            return plan.chunks
         if self._pool.num_free < len(self._running) or (self._waiting and self._can_admit(self._waiting[0])):
-            return []
-        under_way = {id(chunk.sequence): chunk for chunk in chunks}
-        ahead: list[Chunk] = []
-        for sequence in self._running:
-            chunk = under_way.get(id(sequence))
-            start = sequence.num_computed_tokens if chunk is None else chunk.end
-            if chunk is None and len(sequence.token_ids) - start != 1:
-                return []
-            if chunk is not None and sequence.ends_with_length(start + 1, self._info.max_model_len):
-                continue
-            if not self._blocks.holds(sequence, start + 1):
-                self._blocks.grow(sequence)
-            ahead.append(Chunk(sequence, start, 1, samples=True, is_prefill=False))
-        return ahead
+            return ()  # someone may have to be interrupted, or comes in between
+        return next_decodes(chunks, self._running, self._blocks, self._info)
 
-    def land(self, chunks: Sequence[Chunk], ahead: Sequence[Chunk]) -> None:
-        """The step `chunks` is computed: free what had to be kept for it. Now `ahead` is under way."""
-        for chunk in chunks:
-            chunk.sequence.is_ahead = False
-        for chunk in ahead:
-            chunk.sequence.is_ahead = True
-        self._blocks.free_late()
+    def begin(self, chunks: Sequence[Chunk]) -> list[LiveSequence]:
+        """A step is the first in the queue now; returns those that no step had computed before."""
+        begun = [chunk.sequence for chunk in chunks if not chunk.sequence.has_begun]
+        for sequence in begun:
+            sequence.has_begun = True
+        return begun
+
+    def launch(self, chunks: Sequence[Chunk]) -> None:
+        """A step is under way: what it uses is kept until it has landed, whoever is released."""
+        self._blocks.launch(chunk.sequence for chunk in chunks)
+
+    def land(self) -> None:
+        """The first of the steps under way is computed: free what had to be kept for it."""
+        self._blocks.land()
 
     def mark_computed(self, chunk: Chunk) -> None:
         """The chunk's KV is final: register the blocks it has filled."""
@@ -198,11 +203,13 @@ class Scheduler:
         return self._blocks.take_copies()
 
     def load(self) -> EngineLoad:
+        """A sequence waits until its first step has begun, though that may be queued already."""
         tier = self._pool.host_tier
+        not_begun = [sequence for sequence in self._running if not sequence.has_begun]
         return EngineLoad(
-            num_running=len(self._running),
-            num_waiting=len(self._waiting),
-            num_waiting_tokens=sum(len(sequence.token_ids) for sequence in self._waiting),
+            num_running=len(self._running) - len(not_begun),
+            num_waiting=len(self._waiting) + len(not_begun),
+            num_waiting_tokens=sum(len(sequence.token_ids) for sequence in (*not_begun, *self._waiting)),
             num_reserved=self._num_reserved,
             num_held_blocks=self._pool.num_held,
             num_cached_blocks=self._pool.num_cached,
@@ -271,9 +278,12 @@ class Scheduler:
         """Room left for running sequences to grow, so that admitting one interrupts no other at once."""
         return len(self._running)
 
-    def _admit_waiting(self, plan: StepPlan) -> None:
+    def _admit_waiting(self, plan: StepPlan, under_way: Sequence[Chunk] = ()) -> None:
+        """Whoever would find more of its prefix cached behind the step under way waits for that."""
         while self._waiting and self._budget.has_room(plan):
             sequence = self._waiting[0]
+            if under_way and self._blocks.finds_more_behind(sequence, under_way):
+                return
             if len(self._running) + self._num_reserved >= self._limits.max_num_seqs:
                 return
             if not self._blocks.take(sequence, self._num_spare_blocks()):
@@ -281,14 +291,7 @@ class Scheduler:
             self._waiting.popleft()
             sequence.prefill_end_tokens = len(sequence.token_ids)
             self._run(sequence)
-            plan.admitted.append(sequence)
-            self._add_prefill(plan, sequence)
-
-    def _add_prefill(self, plan: StepPlan, sequence: LiveSequence) -> None:
-        start = sequence.num_computed_tokens
-        num_tokens = self._budget.num_tokens(plan, start, len(sequence.token_ids) - start)
-        if num_tokens:
-            plan.add(sequence, num_tokens)
+            self._budget.fill(plan, sequence, sequence.num_computed_tokens)
 
     def _grow(self, sequence: LiveSequence) -> bool:
         """Make room for one more token. False: the sequence itself was interrupted."""

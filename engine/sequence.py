@@ -39,8 +39,9 @@ class LiveSequence:
     KV of the first `num_computed_tokens` of `token_ids` is in the blocks of `block_table`. The current
     prefill ends at `prefill_end_tokens`; everything computed beyond is decode. `hashes` are those of the
     full blocks of `token_ids` as far as they were needed; the first `num_registered_blocks` are in the
-    prefix cache. `executor_state` is the executor's own, and lives as long as the sequence. `is_ahead`: a
-    step that computes it is under way already, beyond the tokens that are known.
+    prefix cache. `executor_state` is the executor's own, and lives as long as the sequence. `has_begun`: a
+    step that computes it has had its turn. `latest_step`: the number of the last one of those launched that
+    computes it, 0 before.
     """
 
     key: SequenceKey
@@ -57,7 +58,8 @@ class LiveSequence:
     num_cached_tokens: int = 0
     num_registered_blocks: int = 0
     executor_state: object = None
-    is_ahead: bool = False
+    has_begun: bool = False
+    latest_step: int = 0
 
     @property
     def num_output_tokens(self) -> int:

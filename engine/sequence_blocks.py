@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from kvrelay.core.ids import BlockId
 from kvrelay.engine.block_pool import BlockPool
 from kvrelay.engine.host_tier import BlockCopy
-from kvrelay.engine.sequence import LiveSequence
+from kvrelay.engine.sequence import Chunk, LiveSequence
 
 
 class SequenceBlocks:
@@ -16,7 +16,9 @@ class SequenceBlocks:
     def __init__(self, pool: BlockPool, block_size: int) -> None:
         self.pool = pool
         self._block_size = block_size
-        self._late_blocks: list[list[BlockId]] = []
+        self._num_launched = 0
+        self._num_landed = 0
+        self._late_blocks: list[tuple[int, list[BlockId]]] = []
         self.prefix_hit_tokens = 0
         self.prefix_query_tokens = 0
         self.host_hit_tokens = 0
@@ -56,19 +58,41 @@ class SequenceBlocks:
         sequence.num_registered_blocks = max(num_full, sequence.num_registered_blocks)
 
     def free(self, sequence: LiveSequence) -> None:
-        """All of its blocks: now, or when the step that computes it has landed."""
-        if sequence.is_ahead:
-            self._late_blocks.append(sequence.block_table)
+        """All of its blocks: now, or when the last step that computes it has landed."""
+        if sequence.latest_step > self._num_landed:
+            self._late_blocks.append((sequence.latest_step, sequence.block_table))
         else:
             self.pool.release(sequence.block_table)
         sequence.block_table = []
         sequence.num_computed_tokens = sequence.num_cached_tokens = sequence.num_registered_blocks = 0
 
-    def free_late(self) -> None:
-        """The step under way has landed."""
+    def launch(self, sequences: Iterable[LiveSequence]) -> None:
+        """A step that computes these is under way; steps land in the order in which they were launched."""
+        self._num_launched += 1
+        for sequence in sequences:
+            sequence.latest_step = self._num_launched
+
+    def land(self) -> None:
+        """The first of the steps under way is over."""
+        self._num_landed += 1
+        assert self._num_landed <= self._num_launched
         late_blocks, self._late_blocks = self._late_blocks, []
-        for block_table in late_blocks:
-            self.pool.release(block_table)
+        for step, block_table in late_blocks:
+            if step <= self._num_landed:
+                self.pool.release(block_table)
+            else:
+                self._late_blocks.append((step, block_table))
+
+    def finds_more_behind(self, sequence: LiveSequence, chunks: Iterable[Chunk]) -> bool:
+        """Whether more of the prefix of one that waits is cached once these chunks are computed."""
+        index, block_size = len(self._match_prefix(sequence)), self._block_size
+        if index >= self._num_matchable(sequence):
+            return False
+        wanted = sequence.block_hash(index, block_size)
+        return any(
+            index < chunk.end // block_size and chunk.sequence.block_hash(index, block_size) == wanted
+            for chunk in chunks
+        )
 
     def take_copies(self) -> list[BlockCopy]:
         """What is to be copied between device and host before anything else happens to the blocks."""
@@ -78,7 +102,8 @@ class SequenceBlocks:
         """Assert every invariant; for tests."""
         self.pool.check()
         held = {block for sequence in live for block in sequence.block_table}
-        held |= {block for block_table in self._late_blocks for block in block_table}
+        held |= {block for _, block_table in self._late_blocks for block in block_table}
+        assert all(step > self._num_landed for step, _ in self._late_blocks), "no step computes them any more"
         assert len(held) == self.pool.num_held, "a block is held that no live sequence names"
 
     def _num_blocks(self, sequence: LiveSequence) -> int:
@@ -87,10 +112,12 @@ class SequenceBlocks:
     def _match_prefix(self, sequence: LiveSequence) -> list[BlockId | None]:
         """Cached blocks of its prefix, None where the host has it; never of all its tokens: the last token
         must be computed."""
-        num_matchable = (len(sequence.token_ids) - 1) // self._block_size
         return self.pool.match_prefix(
-            sequence.block_hash(index, self._block_size) for index in range(num_matchable)
+            sequence.block_hash(index, self._block_size) for index in range(self._num_matchable(sequence))
         )
+
+    def _num_matchable(self, sequence: LiveSequence) -> int:
+        return (len(sequence.token_ids) - 1) // self._block_size
 
     def _has_room(
         self, sequence: LiveSequence, matched: Sequence[BlockId | None], num_spare_blocks: int

@@ -23,18 +23,13 @@ class SchedulerLimits:
 
 @dataclass(slots=True)
 class StepPlan:
-    """What to compute now. `admitted` started in this step; their prefix-cache hits are usable already.
-
-    `shape` is None until `measured` is called.
-    """
+    """What one step is to compute. `shape` is None until `measured` is called."""
 
     chunks: list[Chunk] = field(default_factory=list)
-    admitted: list[LiveSequence] = field(default_factory=list)
     num_tokens: int = 0
     shape: StepShape | None = None
 
-    def add(self, sequence: LiveSequence, num_tokens: int) -> None:
-        start = sequence.num_computed_tokens
+    def add(self, sequence: LiveSequence, start: int, num_tokens: int) -> None:
         samples = start + num_tokens == len(sequence.token_ids)
         is_prefill = start < sequence.prefill_end_tokens
         self.chunks.append(Chunk(sequence, start, num_tokens, samples, is_prefill))
@@ -62,6 +57,12 @@ class PrefillBudget:
     def has_room(self, plan: StepPlan) -> bool:
         """Whether the step takes any of a prefill that is not begun."""
         return self.num_tokens(plan, start=0, num_left=self._block_size) > 0
+
+    def fill(self, plan: StepPlan, sequence: LiveSequence, start: int) -> None:
+        """Add as much of its prefill, which stands at `start`, as the step takes."""
+        num_tokens = self.num_tokens(plan, start, len(sequence.token_ids) - start)
+        if num_tokens:
+            plan.add(sequence, start, num_tokens)
 
     def num_tokens(self, plan: StepPlan, start: int, num_left: int) -> int:
         """How much the step takes of a prefill that stands at `start`: 0 where it has no room."""

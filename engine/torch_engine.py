@@ -11,12 +11,13 @@ import torch
 from kvrelay.core.kv import KVFingerprint
 from kvrelay.engine.config import EngineConfig
 from kvrelay.engine.device import Device
+from kvrelay.engine.executor import Executor
 from kvrelay.engine.grammar import GrammarCompiler
 from kvrelay.engine.interface import EngineInfo
 from kvrelay.engine.model.parallel import Shard
 from kvrelay.engine.model.weights import model_digest
 from kvrelay.engine.model_runner import ModelRunner
-from kvrelay.engine.paged_engine import Executor, PagedEngine
+from kvrelay.engine.paged_engine import PagedEngine
 from kvrelay.engine.step_plan import SchedulerLimits
 from kvrelay.engine.tensor_parallel.collectives import TorchCollectives
 from kvrelay.engine.tensor_parallel.followers import Followers

@@ -1,7 +1,8 @@
 """The one thread that owns the engine: commands in, steps computed, outcomes posted to the event loop.
 
 It blocks on its queue while the engine has nothing to do. The outcomes of commands are posted before the
-next step, those of a step right after it: never one call a token.
+engine's next turn, those of a step right after it: never one call a token. A long step takes several turns,
+and commands are served between them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Final
 
@@ -51,14 +51,6 @@ class _Stop:
     """Ends the thread."""
 
 
-@dataclass(slots=True)
-class _FirstKV:
-    """What a sequence's first step made ready: tokens ``[0, num_tokens)`` at first."""
-
-    num_tokens: int
-    num_cached_tokens: int = 0
-
-
 class EngineThread:
     """Runs an engine. `deliver` is called on the event loop, with what happened, the load where it was read,
     and what has changed in the prefix cache; `push_ready` is called in the engine's thread.
@@ -79,9 +71,6 @@ class EngineThread:
         self._max_commands = COMMANDS_PER_ATTEMPT * max_attempts
         self._commands: SimpleQueue[EngineCommand | _Stop] = SimpleQueue()
         self._transfer_ids: dict[SequenceKey, TransferId] = {}
-        self._first_kv: dict[SequenceKey, _FirstKV] = {}
-        self._started: set[SequenceKey] = set()
-        self._step_started_s = 0.0
         self._load_read_s = float("-inf")
         self._is_stalled = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -100,7 +89,7 @@ class EngineThread:
         self._commands.put(command)
 
     def stop(self, timeout_s: float) -> bool:
-        """End after the step that runs now. Blocks up to `timeout_s`; False if the thread still runs then."""
+        """End after the part of a step that runs now. Blocks up to `timeout_s`; False: it still runs then."""
         if self._thread.is_alive():
             self._commands.put(_Stop())
             self._thread.join(timeout_s)
@@ -122,7 +111,7 @@ class EngineThread:
             self._call_soon(self.prepared.set)
 
     def _turn(self) -> bool:
-        """Take the commands that wait, compute one step; False when told to stop."""
+        """Take the commands that wait, compute a step or a part of it; False when told to stop."""
         events: list[EngineEvent] = []
         for command in self._take_commands():
             if isinstance(command, _Stop):
@@ -148,16 +137,13 @@ class EngineThread:
         return taken
 
     def _step(self) -> None:
-        self._step_started_s = self._clock.now_s()
+        began_s = self._clock.now_s()
         step = self._engine.step()
-        self._is_stalled = not (
-            step.outputs or step.failures or step.num_prefill_tokens or step.num_decode_tokens
-        )
+        num_computed = step.num_prefill_tokens + step.num_decode_tokens
+        self._is_stalled = not (step.outputs or step.failures or num_computed or step.is_partial)
         events: list[EngineEvent] = [
-            PrefillStarted(key, self._step_started_s, first.num_cached_tokens)
-            for key, first in self._first_kv.items()
+            PrefillStarted(started.key, began_s, started.num_cached_tokens) for started in step.started
         ]
-        self._first_kv.clear()
         if step.outputs or step.failures:
             events.append(StepFinished(step))
         load = self._read_load(is_idle=not self._engine.has_work())
@@ -185,8 +171,6 @@ class EngineThread:
             case ReleaseSequence(key):
                 self._engine.release(key)
                 self._transfer_ids.pop(key, None)
-                self._started.discard(key)
-                self._first_kv.pop(key, None)
                 events.append(SequenceReleased(key))
             case StartDecode(key, first_token_id):
                 self._engine.start_decode(key, first_token_id)
@@ -207,19 +191,5 @@ class EngineThread:
 
     def _on_kv_ready(self, ready: KVReady) -> None:
         transfer_id = self._transfer_ids.get(ready.key)
-        if transfer_id is None:
-            return
-        self._note_first_kv(ready)
-        self._push_ready(transfer_id, ready)
-
-    def _note_first_kv(self, ready: KVReady) -> None:
-        """A prefix-cache hit is reported first, in the step that computes what follows it; and what one step
-        computes of a sequence is one range of tokens. So a second range behind the first one tells that
-        the first was a hit."""
-        first = self._first_kv.get(ready.key)
-        if first is None:
-            if ready.key not in self._started:
-                self._started.add(ready.key)
-                self._first_kv[ready.key] = _FirstKV(ready.tokens.stop)
-        elif ready.tokens.start == first.num_tokens:
-            first.num_cached_tokens = first.num_tokens
+        if transfer_id is not None:
+            self._push_ready(transfer_id, ready)

@@ -60,7 +60,7 @@ class SequenceReleased:
 
 @dataclass(frozen=True, slots=True)
 class PrefillStarted:
-    """The first KV of a prefill is there; its computation began at `started_s`."""
+    """A prefill's turn has come: it is computed from `started_s` on, behind nothing else."""
 
     key: SequenceKey
     started_s: float

@@ -86,7 +86,7 @@ class CudaAttention:
             row += span.num_tokens
         self.begin_decode(
             DecodeInputs(num_single, self._upload(tables), self._upload(num_keys)),
-            slots.to(self._device, non_blocking=True),
+            slots.pin_memory().to(self._device, non_blocking=True),
         )
 
     def begin_decode(self, decode: DecodeInputs, slots: Tensor) -> None:

@@ -19,7 +19,8 @@ from torch import Tensor
 from kvrelay.core.ids import BlockId
 from kvrelay.engine.cuda.attention import CudaAttention, DecodeInputs
 from kvrelay.engine.cuda.kernels import begin_step_kernel, next_power_of_two
-from kvrelay.engine.cuda.sampler import CudaSampler, draw_key
+from kvrelay.engine.cuda.plain_draw import draw_key
+from kvrelay.engine.cuda.sampler import CudaSampler
 from kvrelay.engine.model.transformer import TokenBatch, Transformer
 from kvrelay.engine.sequence import Chunk, LiveSequence
 

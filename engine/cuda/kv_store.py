@@ -3,8 +3,8 @@
 A cache ``[num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim]``, or its shards by KV heads on
 several GPUs of the host, is seen as machine words; a block table goes up once for all messages of a
 transfer. Copies are queued, and asked after later. Kernels that the engine has queued are waited for on the
-GPU, never on the CPU: the engine calls `mark_written` before it reports KV as ready, and `mark_freed` before
-it gives blocks to a transfer.
+GPU, never on the CPU: the engine calls `mark_written` before it reports KV that may not be there yet, and
+`mark_freed` before it gives blocks to a transfer that queued kernels may use.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class CudaKVStore:
     Shard s is ``[num_layers, 2, num_blocks, block_size, num_kv_heads / len(caches), head_dim]`` and has the
     heads from ``s * num_kv_heads / len(caches)`` on. Staging and marks are on the first one's device.
 
-    `gather`, `scatter` and `allocate_staging` belong to the transfer thread, `mark_written` and `mark_freed`
-    to the engine's. On a CPU device the same arithmetic runs there, without streams.
+    `gather`, `scatter` and `allocate_staging` belong to the transfer thread, `mark`, `mark_written` and
+    `mark_freed` to the engine's. On a CPU device the same arithmetic runs there, without streams.
 
     Raises:
         ConfigError: two of the devices can't access each other's memory.
@@ -80,21 +80,25 @@ class CudaKVStore:
         self._stream.settle()
         return staging
 
-    def mark_written(self, layers: range | None = None) -> Mark | None:
+    def mark(self) -> Mark | None:
+        """What the calling thread's current stream has queued so far, from the engine's thread. Not while a
+        CUDA graph is captured: after its replay."""
+        return self._stream.mark()
+
+    def mark_written(self, layers: range | None = None, *, at: Mark | None = None) -> None:
         """From the engine's thread, before it reports KV of `layers` (all: None) as ready.
 
-        Later gathers of these layers wait, on the GPU, for what the calling thread's current stream has
-        queued so far; so can whoever has the mark that is returned. Not while a CUDA graph is captured: after
-        its replay.
+        Later gathers of these layers wait, on the GPU, for the mark `at`, or for all that is queued so far.
         """
-        return self._written.set(layers if layers is not None else range(self._layout.num_layers))
+        layers = layers if layers is not None else range(self._layout.num_layers)
+        self._written.set(layers, self.mark() if at is None else at)
 
     def mark_freed(self) -> None:
         """From the engine's thread, before it gives a receive blocks that queued kernels may use.
 
         Later scatters wait, on the GPU, for what the calling thread's current stream has queued so far.
         """
-        self._freed.set(range(1))
+        self._freed.set(range(1), self.mark())
 
     def gather(
         self,
@@ -178,10 +182,8 @@ class _LayerMarks:
         self._latest: list[Mark | None] = [None] * num_layers
         self._passed: list[Mark | None] = [None] * num_layers
 
-    def set(self, layers: range) -> Mark | None:
-        mark = self._stream.mark()
+    def set(self, layers: range, mark: Mark | None) -> None:
         self._latest[layers.start : layers.stop] = repeat(mark, len(layers))
-        return mark
 
     def pending(self, layers: range) -> list[Mark]:
         """The marks of `layers` that the device has not passed, each once."""

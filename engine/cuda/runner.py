@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from kvrelay.core.kv import KVStore
 from kvrelay.core.request import TokenRequest
 from kvrelay.engine.cuda.copy_stream import Mark
-from kvrelay.engine.cuda.decode_graphs import DecodeGraphs, GraphStep
 from kvrelay.engine.cuda.kv_store import CudaKVStore
-from kvrelay.engine.cuda.sampler import PreparedDraw, drawn_tokens, is_plain
+from kvrelay.engine.cuda.plain_draw import PreparedDraw, drawn_tokens, is_plain
+from kvrelay.engine.cuda.prefill_step import PrefillStep
+from kvrelay.engine.executor import DrawFailed, DrawnToken, Launched, LayerDone
 from kvrelay.engine.host_tier import BlockCopy
 from kvrelay.engine.model_runner import ModelRunner
-from kvrelay.engine.paged_engine import DrawFailed, DrawnToken, LayerDone
 from kvrelay.engine.sequence import Chunk, LiveSequence
+
+if TYPE_CHECKING:  # they need Triton
+    from kvrelay.engine.cuda.decode_graphs import DecodeGraphs, GraphStep
 
 
 class CudaRunner:
-    """See `kvrelay.engine.paged_engine.AheadExecutor`."""
+    """See `kvrelay.engine.executor.AheadExecutor`."""
 
-    def __init__(self, eager: ModelRunner, graphs: DecodeGraphs, kv: CudaKVStore) -> None:
+    def __init__(
+        self,
+        eager: ModelRunner,
+        graphs: DecodeGraphs,
+        kv: CudaKVStore,
+        read_clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._eager = eager
         self._graphs = graphs
         self._sampler = graphs.sampler
         self._kv = kv
+        self._read_clock = read_clock
         self._has_moved_blocks = False
+        self._restored: Mark | None = None
+        self._latest: PrefillStep | None = None
 
     @property
     def kv(self) -> KVStore:
@@ -43,50 +58,78 @@ class CudaRunner:
         self._eager.move_blocks(copies, before_receive=before_receive)
         self._has_moved_blocks |= bool(copies)
         if not all(copy.to_host for copy in copies):
-            self._kv.mark_written()
+            self._restored = self._kv.mark()
         if before_receive and self._has_moved_blocks:
             self._kv.mark_freed()
             self._has_moved_blocks = False
+
+    def reveal_restored(self) -> None:
+        """Gathers learn of the copies only here: told of them while a step before is under way, its own
+        layers' gathers would wait for its end."""
+        if self._restored is not None:
+            self._kv.mark_written(at=self._restored)
+            self._restored = None
 
     def check_received(self, sequence: LiveSequence) -> str | None:
         return self._eager.check_received(sequence)
 
     def can_launch(self, chunks: Sequence[Chunk]) -> bool:
-        return self._fits_graph(chunks) and all(is_plain(chunk.sequence) for chunk in chunks)
+        if not all(is_plain(chunk.sequence) for chunk in chunks if chunk.samples):
+            return False
+        if all(chunk.is_prefill for chunk in chunks):
+            return bool(chunks)
+        return self._fits_graph(chunks) and not any(chunk.is_prefill for chunk in chunks)
 
-    def launch(self, chunks: Sequence[Chunk]) -> LaunchedStep:
-        with torch.inference_mode():
-            return LaunchedStep(chunks, self._graphs.launch(chunks))
+    @torch.inference_mode()
+    def launch(self, chunks: Sequence[Chunk], layer_done: LayerDone | None) -> Launched:
+        if chunks[0].is_prefill:
+            step, _ = self._queue(chunks, layer_done, watches_layers=True)
+            return step
+        return DecodeStep(chunks, self._graphs.launch(chunks))
 
+    @torch.inference_mode()
     def execute(
         self, chunks: Sequence[Chunk], layer_done: LayerDone | None
     ) -> Sequence[DrawnToken | DrawFailed]:
         if layer_done is None and self._fits_graph(chunks):
-            with torch.inference_mode():
-                step = self._graphs.launch(chunks)
-                rows = torch.tensor(step.rows, device=step.logits.device)
-                return self._eager.draw(step.logits[rows], chunks)
+            step = self._graphs.launch(chunks)
+            rows = torch.tensor(step.rows, device=step.logits.device)
+            return self._eager.draw(step.logits[rows], chunks)
         return self._execute_eagerly(chunks, layer_done)
 
-    @torch.inference_mode()
     def _execute_eagerly(
         self, chunks: Sequence[Chunk], layer_done: LayerDone | None
     ) -> Sequence[DrawnToken | DrawFailed]:
-        """Queue everything first; then, while the device computes, announce each layer as it is done."""
-        progress = None if layer_done is None else _LayerProgress(self._kv, layer_done)
+        step, logits = self._queue(chunks, layer_done, watches_layers=layer_done is not None)
+        while not step.advance():
+            pass
+        drawn = step.results()
+        sampled = [chunk for chunk in chunks if chunk.samples]
+        return drawn if len(drawn) == len(sampled) else self._eager.draw(logits, sampled)
+
+    def _queue(
+        self, chunks: Sequence[Chunk], layer_done: LayerDone | None, *, watches_layers: bool
+    ) -> tuple[PrefillStep, Tensor]:
+        """Queue a whole step, and its draw where the device can do it; returns its logits, too. Meanwhile
+        the layers of the one before it are reported."""
+        step = PrefillStep(chunks, layer_done, self._kv.mark, self._read_clock)
+        before, self._latest = self._latest, step
+
+        def layer_queued(layer: int) -> None:
+            step.layer_queued()
+            if before is not None:
+                before.report_passed()
+
         sampled = [chunk for chunk in chunks if chunk.samples]
         draw: PreparedDraw | None = None
         if sampled and all(is_plain(chunk.sequence) for chunk in sampled):
             draw = self._sampler.prepare(sampled)
-        logits = self._eager.forward(chunks, None if progress is None else progress.layer_queued)
+        logits = self._eager.forward(chunks, layer_queued if watches_layers else None)
         if draw is not None:
             self._sampler.draw(logits, draw.keys, draw.temperatures, draw.token_ids, draw.best)
-        if progress is not None:
-            progress.wait()
-        self._kv.mark_freed()  # a step that draws nothing may still be under way
-        if draw is not None:
-            return draw.wait()
-        return self._eager.draw(logits, sampled) if sampled else []
+            draw.fetch()
+        step.queued(None if draw is None else draw.read)
+        return step, logits
 
     def _fits_graph(self, chunks: Sequence[Chunk]) -> bool:
         return 0 < len(chunks) <= self._graphs.max_rows and all(
@@ -94,36 +137,19 @@ class CudaRunner:
         )
 
 
-class _LayerProgress:
-    """Announces layers once the device has computed them.
-
-    Announced when they are queued, they would be gathered up to a whole forward pass too early, and the
-    transfer thread would wait for the device instead of serving its other transfers.
-    """
-
-    def __init__(self, kv: CudaKVStore, layer_done: LayerDone) -> None:
-        self._kv = kv
-        self._layer_done = layer_done
-        self._marks: list[Mark] = []
-
-    def layer_queued(self, layer: int) -> None:
-        """Announces nothing yet, though the device may be done with the first layers: the transfer thread
-        would take the interpreter from this one while it still queues, and the device run dry."""
-        self._marks.append(self._kv.mark_written(range(layer, layer + 1)))
-
-    def wait(self) -> None:
-        """Once all is queued: return when the last layer is announced."""
-        for layer, mark in enumerate(self._marks):
-            mark.synchronize()
-            self._layer_done(layer)
-
-
-class LaunchedStep:
-    """See `kvrelay.engine.paged_engine.Launched`."""
+class DecodeStep:
+    """A decode step: see `kvrelay.engine.executor.Launched`."""
 
     def __init__(self, chunks: Sequence[Chunk], step: GraphStep) -> None:
         self.chunks = chunks
         self._step = step
+
+    def has_time(self) -> bool:
+        """A graph is launched in no time."""
+        return True
+
+    def advance(self) -> bool:
+        return True
 
     def results(self) -> Sequence[DrawnToken | DrawFailed]:
         token_ids, best = self._step.wait()

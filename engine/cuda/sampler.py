@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from kvrelay.core.sampling import SamplingParams
 from kvrelay.engine.cuda.kernels import draw_chunk_kernel, draw_kernel, next_power_of_two
-from kvrelay.engine.noise import stream_key
-from kvrelay.engine.paged_engine import DrawFailed, DrawnToken
-from kvrelay.engine.sequence import Chunk, LiveSequence
+from kvrelay.engine.cuda.plain_draw import PreparedDraw, draw_key
+from kvrelay.engine.sequence import Chunk
 
-NOT_FINITE: Final = "the model's logits are not finite"
 _CHUNK: Final = 4096
 _TILE: Final = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedDraw:
-    """Inputs and outputs of one `CudaSampler.draw`, all on the device."""
-
-    keys: Tensor
-    temperatures: Tensor
-    token_ids: Tensor
-    best: Tensor
-
-    def wait(self) -> list[DrawnToken | DrawFailed]:
-        """What was drawn, once it is."""
-        return drawn_tokens(self.token_ids.tolist(), self.best.tolist())
 
 
 class CudaSampler:
@@ -48,15 +29,22 @@ class CudaSampler:
         self._device = device
 
     def prepare(self, chunks: Sequence[Chunk]) -> PreparedDraw:
-        """Bring what the draw after these chunks needs to the device: before the logits are queued, because
-        a copy from pageable memory waits for all that is."""
-        sampling = [chunk.sequence.request.sampling for chunk in chunks]
-        device = self._device
+        """Bring what the draw after these chunks needs to the device. All host memory is pinned: other
+        copies would wait for what is queued. PyTorch reuses it only when no copy is under way any more."""
+        num_rows, device = len(chunks), self._device
+        keys = torch.tensor([draw_key(chunk) for chunk in chunks], pin_memory=True)
+        temperatures = torch.tensor(
+            [chunk.sequence.request.sampling.temperature for chunk in chunks],
+            dtype=torch.float64,
+            pin_memory=True,
+        )
         return PreparedDraw(
-            torch.tensor([draw_key(chunk) for chunk in chunks], device=device),
-            torch.tensor([each.temperature for each in sampling], dtype=torch.float64, device=device),
-            torch.empty(len(chunks), dtype=torch.int64, device=device),
-            torch.empty(len(chunks), dtype=torch.float32, device=device),
+            keys.to(device, non_blocking=True),
+            temperatures.to(device, non_blocking=True),
+            torch.empty(num_rows, dtype=torch.int64, device=device),
+            torch.empty(num_rows, dtype=torch.float32, device=device),
+            torch.empty(num_rows, dtype=torch.int64, pin_memory=True),
+            torch.empty(num_rows, dtype=torch.float32, pin_memory=True),
         )
 
     def draw(
@@ -86,27 +74,3 @@ class CudaSampler:
             self._num_chunks,
             BLOCK=next_power_of_two(self._num_chunks),
         )
-
-
-def draw_key(chunk: Chunk) -> int:
-    """What the noise of the token after the chunk is a function of; 0 where there is none."""
-    sampling = chunk.sequence.request.sampling
-    return 0 if sampling.is_greedy else stream_key(sampling.seed or 0, chunk.end)
-
-
-def drawn_tokens(token_ids: Sequence[int], best: Sequence[float]) -> list[DrawnToken | DrawFailed]:
-    """Rows whose largest logit is not finite have failed."""
-    return [
-        DrawnToken(token_id) if math.isfinite(highest) else DrawFailed(NOT_FINITE)
-        for token_id, highest in zip(token_ids, best, strict=True)
-    ]
-
-
-def is_plain(sequence: LiveSequence) -> bool:
-    """Whether `CudaSampler` can draw the sequence's next token, and every later one."""
-    sampling: SamplingParams = sequence.request.sampling
-    if sampling.num_logprobs is not None or sampling.logit_bias or sampling.has_penalties:
-        return False
-    if sampling.grammar is not None or sequence.num_output_tokens < sampling.min_tokens:
-        return False
-    return sampling.is_greedy or (not sampling.top_k and sampling.top_p >= 1.0 and sampling.min_p <= 0.0)

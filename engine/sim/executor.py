@@ -10,9 +10,9 @@ import numpy as np
 from kvrelay.core.errors import InvalidRequest
 from kvrelay.core.kv import KVLayout
 from kvrelay.core.request import TokenLogprobs, TokenRequest
+from kvrelay.engine.executor import DrawFailed, DrawnToken, LayerDone
 from kvrelay.engine.host_kv import HostKVStore, slot_runs
 from kvrelay.engine.host_tier import BlockCopy
-from kvrelay.engine.paged_engine import DrawFailed, DrawnToken, LayerDone
 from kvrelay.engine.sequence import Chunk, LiveSequence
 from kvrelay.engine.sim.stamps import STAMP_BYTES, PrefixStamps, UInt64s, draw_token, stream_of
 from kvrelay.engine.sim.timing import SimTiming
@@ -31,7 +31,7 @@ class _Progress:
 
 
 class SimExecutor:
-    """See `kvrelay.engine.paged_engine.Executor`. A stamp each for K and V: 16 bytes a token and layer."""
+    """See `kvrelay.engine.executor.Executor`. A stamp each for K and V: 16 bytes a token and layer."""
 
     def __init__(
         self,
@@ -89,6 +89,9 @@ class SimExecutor:
                 self._host_blocks[slot] = self._blocks[:, :, block]
             else:
                 self._blocks[:, :, block] = self._host_blocks[slot]
+
+    def reveal_restored(self) -> None:
+        return
 
     def check_received(self, sequence: LiveSequence) -> str | None:
         sums = self._stamps.prefix_sums(sequence.token_ids)

@@ -11,8 +11,9 @@ import pytest
 from kvrelay.core.request import TokenRequest
 from kvrelay.core.sampling import SamplingParams
 from kvrelay.engine.config import EngineConfig, EngineKind
+from kvrelay.engine.executor import DrawFailed, DrawnToken, LayerDone
 from kvrelay.engine.interface import Engine, KVReady, SequenceFailure, SequenceKey, SequenceOutput
-from kvrelay.engine.paged_engine import DrawFailed, DrawnToken, LayerDone, PagedEngine
+from kvrelay.engine.paged_engine import PagedEngine
 from kvrelay.engine.sequence import Chunk, LiveSequence
 from kvrelay.engine.sim.engine import SimEngine
 from kvrelay.engine.sim.executor import SimExecutor
@@ -122,35 +123,65 @@ def build_sim() -> BuildEngine:
 
 class LateSim(SimExecutor):
     """Computes a launched step as late as it may: when its results are asked for, as a device would that has
-    a step queued behind another. By then no block that it writes may be free for others."""
+    a step queued behind another. Until then no block that it writes or reads may be free for others.
+
+    A prefill step takes `num_parts` turns. `log` has what was launched and what was read, by keys.
+    """
 
     engine: PagedEngine
     num_ahead = 0
+    num_prefills_ahead = 0
+    num_under_way = 0
+    num_parts = 1
+    log: list[tuple[str, tuple[str, ...]]]
+
+    def note(self, what: str, chunks: Sequence[Chunk]) -> None:
+        self.log.append((what, tuple(chunk.sequence.key for chunk in chunks)))
 
     def can_launch(self, chunks: Sequence[Chunk]) -> bool:
-        return bool(chunks) and all(
-            chunk.num_tokens == 1 and chunk.samples and chunk.sequence.request.sampling.num_logprobs is None
-            for chunk in chunks
-        )
+        if any(
+            chunk.samples and chunk.sequence.request.sampling.num_logprobs is not None for chunk in chunks
+        ):
+            return False
+        if all(chunk.is_prefill for chunk in chunks):
+            return bool(chunks)
+        return all(chunk.num_tokens == 1 and not chunk.is_prefill for chunk in chunks)
 
-    def launch(self, chunks: Sequence[Chunk]) -> LateStep:
+    def launch(self, chunks: Sequence[Chunk], layer_done: LayerDone | None) -> LateStep:
         self.num_ahead += any(chunk.start >= len(chunk.sequence.token_ids) for chunk in chunks)
-        return LateStep(self, chunks)
+        self.num_prefills_ahead += self.num_under_way > 0 and chunks[0].is_prefill
+        self.num_under_way += 1
+        assert self.num_under_way <= 2, "at most one step ahead"
+        self.note("launch", chunks)
+        return LateStep(self, chunks, layer_done)
 
 
 class LateStep:
-    def __init__(self, executor: LateSim, chunks: Sequence[Chunk]) -> None:
+    def __init__(self, executor: LateSim, chunks: Sequence[Chunk], layer_done: LayerDone | None) -> None:
         self.chunks = chunks
+        self._layer_done = layer_done
         self._executor = executor
-        block_size = executor.kv.layout.block_size
-        self._blocks = [chunk.sequence.block_table[chunk.start // block_size] for chunk in chunks]
+        self._tables = [list(chunk.sequence.block_table) for chunk in chunks]
+        self._num_parts_left = executor.num_parts if chunks[0].is_prefill else 1
+
+    def has_time(self) -> bool:
+        return True
+
+    def advance(self) -> bool:
+        self._num_parts_left -= 1
+        return self._num_parts_left == 0
 
     def results(self) -> list[DrawnToken | DrawFailed]:
         pool = self._executor.engine._scheduler.pool
-        assert all(pool._num_references[block] > 0 for block in self._blocks), "a block was freed too early"
+        for chunk, table in zip(self.chunks, self._tables, strict=True):
+            used = table[: -(-chunk.end // self._executor.kv.layout.block_size)]
+            assert all(pool._num_references[block] > 0 for block in used), "a block was freed too early"
         live = [chunk for chunk in self.chunks if chunk.sequence.block_table]
-        drawn = dict(zip(map(id, live), self._executor.execute(live, None), strict=True))
-        return [drawn.get(id(chunk), DrawnToken(0)) for chunk in self.chunks]
+        sampled = [chunk for chunk in live if chunk.samples]
+        drawn = dict(zip(map(id, sampled), self._executor.execute(live, self._layer_done), strict=True))
+        self._executor.num_under_way -= 1
+        self._executor.note("read", self.chunks)
+        return [drawn.get(id(chunk), DrawnToken(0)) for chunk in self.chunks if chunk.samples]
 
 
 def build_ahead_engine(**changes: object) -> PagedEngine:
@@ -160,6 +191,7 @@ def build_ahead_engine(**changes: object) -> PagedEngine:
     executor.__class__ = LateSim
     assert isinstance(executor, LateSim)
     executor.engine = engine
+    executor.log = []
     engine._ahead_executor = executor
     return engine
 

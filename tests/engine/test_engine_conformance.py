@@ -347,7 +347,7 @@ def test_reservations_count_against_the_sequence_limit(build_engine, drive, requ
 
 @pytest.mark.parametrize("num_steps", [0, 1, 2, 3])
 @pytest.mark.parametrize("enter", ["submit", "submit_prefill"])
-def test_release_at_any_time_frees_everything_at_once(
+def test_release_at_any_time_frees_everything_or_leaves_it_to_the_step_under_way(
     build_engine, drive, request_of, prompt_of, num_steps, enter
 ):
     driver = drive(build_engine())
@@ -358,9 +358,13 @@ def test_release_at_any_time_frees_everything_at_once(
     driver.engine.release("a")
     driver.engine.check()
     driver.engine.release("b")
+    if not driver.engine.has_work():
+        assert_idle(driver.engine)
+    num_outputs = sum(map(len, driver.outputs.values()))
+    driver.run()
     assert_idle(driver.engine)
-    assert not driver.engine.has_work()
     assert driver.engine.step().outputs == ()
+    assert sum(map(len, driver.outputs.values())) == num_outputs
 
 
 def test_release_of_a_reservation_frees_it_and_later_start_is_ignored(build_engine, request_of, prompt_of):
@@ -385,6 +389,17 @@ def test_release_while_decoding_after_a_handoff(build_engine, drive, request_of,
     target.run()  # a step may be under way
     assert not target.engine.has_work()
     assert_idle(target.engine)
+
+
+def test_what_is_about_to_decode_counts_as_running(build_engine, drive, request_of, prompt_of, move_kv):
+    request = request_of(prompt_of(12), max_tokens=20)
+    source, target = drive(build_engine()), drive(build_engine())
+    source.engine.submit_prefill(request, "s")
+    source.run()
+    move_kv(source.engine, target.engine, "s", request, source.ready)
+    target.engine.start_decode("s", source.tokens("s")[0])
+    load = target.engine.load()
+    assert (load.num_running, load.num_waiting, load.num_waiting_tokens) == (1, 0, 0)
 
 
 def test_start_decode_with_a_finishing_token_frees_the_sequence(

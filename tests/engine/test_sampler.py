@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvrelay.core.sampling import Grammar, GrammarKind, SamplingParams
+from kvrelay.engine.executor import DrawFailed, DrawnToken
 from kvrelay.engine.noise import gumbel_noise, stream_key
-from kvrelay.engine.paged_engine import DrawFailed, DrawnToken
 from kvrelay.engine.sampler import DrawRequest, draw
 
 MASK = (1 << 64) - 1

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from kvrelay.core.request import TokenRequest
 from kvrelay.core.sampling import SamplingParams
 from kvrelay.engine.config import EngineConfig
+from kvrelay.engine.cuda.prefill_step import PrefillStep
 from kvrelay.engine.interface import SequenceKey
 from kvrelay.engine.torch_engine import TorchEngine
 
@@ -101,8 +103,11 @@ def answers_to(
 
 
 def check_all_ways(engine: TorchEngine, asks: list[Ask], expected: list[list[int]]) -> None:
-    """Graphs a step ahead, graphs alone, and one kernel after the other give these tokens."""
+    """Steps ahead (prefills where it pays, then wherever they can be), graphs alone, and one kernel after the
+    other give these tokens."""
     assert answers(engine, asks) == expected
+    with patch.object(PrefillStep, "has_time", return_value=True):
+        assert answers(engine, asks) == expected
     engine._ahead_executor = None
     assert answers(engine, asks) == expected, "graphs that wait for each step's tokens"
     engine._executor._fits_graph = lambda chunks: False  # type: ignore[attr-defined]

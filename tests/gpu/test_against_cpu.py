@@ -123,7 +123,7 @@ def read_kv(engine: TorchEngine, key: SequenceKey, num_tokens: int) -> Tensor:
     layout = engine.kv.layout
     table = engine._scheduler._live[key].block_table
     staging: Any = engine.kv.allocate_staging(layout.token_bytes * num_tokens)
-    engine.kv.gather(table, range(layout.num_layers), range(num_tokens), staging, 0)
+    engine.kv.gather(table, range(layout.num_layers), range(num_tokens), staging, 0).wait()
     on_device = getattr(staging, "bytes", None)
     flat = torch.frombuffer(staging.host_view(), dtype=torch.uint8) if on_device is None else on_device.cpu()
     shape = (layout.num_layers, 2, num_tokens, layout.num_kv_heads, layout.head_dim)

@@ -9,6 +9,7 @@ import json
 import random
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from kvrelay.engine.block_mover import CpuBlockMover
 from kvrelay.engine.config import EngineConfig
 from kvrelay.engine.cuda.block_mover import CudaBlockMover
 from kvrelay.engine.cuda.pinned_memory import PinnedMemory
+from kvrelay.engine.cuda.prefill_step import PrefillStep
 from kvrelay.engine.host_tier import BlockCopy
 from kvrelay.engine.interface import KVReady, SequenceKey
 from kvrelay.engine.torch_engine import TorchEngine
@@ -172,6 +174,57 @@ def test_handoffs_between_two_tiered_engines_give_the_same_tokens(model: Path) -
         engine.check()
         assert engine.load().num_held_blocks == 0
         assert engine.load().host_hit_tokens > 1000
+
+
+@needs_gpu
+def test_queued_prefills_send_what_came_from_the_host_and_what_they_computed(model: Path) -> None:
+    """Prompts that come again are restored while another one is computed."""
+    asked = requests(8, max_tokens=12)
+    expected = answers_to(build(model, "cpu", ROOMY), asked, together=1)
+    source, target = build(model, "cuda", TIERED), build(model, "cuda", {**ROOMY, "num_blocks": 4000})
+    room_bytes = 1024 * source.kv.layout.token_bytes
+    staging: Any = source.kv.allocate_staging(room_bytes)
+    arrived: dict[SequenceKey, list[tuple[KVReady, torch.Tensor]]] = {}
+
+    def gather(ready: KVReady) -> None:
+        num_bytes = source.kv.gather(ready.block_table, ready.layers, ready.tokens, staging, 0).wait()
+        arrived.setdefault(ready.key, []).append((ready, staging.bytes[:num_bytes].clone()))
+
+    source.set_kv_ready_listener(gather)
+    for turn in range(3):
+        keys = {SequenceKey(f"{turn}-{index}"): index for index in range(len(asked))}
+        for key, index in keys.items():
+            source.submit_prefill(asked[index], key)
+        with patch.object(PrefillStep, "has_time", return_value=True):
+            while source.has_work():
+                for output in source.step().outputs:
+                    key, tokens = output.key, [output.token_id]
+                    source.release(key)
+                    _start(target, key, asked[keys[key]], arrived.pop(key), output.token_id)
+                    while target.has_work():
+                        tokens += [item.token_id for item in target.step().outputs]
+                    assert tokens == expected[keys[key]]
+                source.check()
+    assert source.load().num_held_blocks == 0
+    assert source.load().host_hit_tokens > 1000
+
+
+def _start(
+    target: TorchEngine,
+    key: SequenceKey,
+    request: TokenRequest,
+    arrived: list[tuple[KVReady, torch.Tensor]],
+    first_token_id: int,
+) -> None:
+    """As a handoff that found none of the prompt in the target's cache."""
+    salted = TokenRequest(request.token_ids, request.num_prompt_tokens, request.sampling, key.encode())
+    reservation = target.reserve(salted, key)
+    for ready, received in arrived:
+        staging: Any = target.kv.allocate_staging(received.numel())
+        staging.bytes[: received.numel()].copy_(received)
+        torch.cuda.synchronize()
+        target.kv.scatter(reservation.block_table, ready.layers, ready.tokens, staging, 0).wait()
+    target.start_decode(key, first_token_id)
 
 
 def _hand_off(

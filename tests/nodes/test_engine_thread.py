@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 
 import pytest
@@ -72,6 +73,20 @@ class FaultyEngine(SimEngine):
 
     def step(self) -> StepOutput:
         raise RuntimeError("broken kernel")
+
+
+class PatientEngine(SimEngine):
+    """Its steps are not over before it has a second sequence."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config)
+        self.has_begun = threading.Event()
+
+    def step(self) -> StepOutput:
+        if self.load().num_waiting < 2:
+            self.has_begun.set()
+            return StepOutput(is_partial=True)
+        return super().step()
 
 
 def config() -> EngineConfig:
@@ -172,6 +187,32 @@ async def test_an_engine_that_raises_is_told_as_its_death(
     assert "RuntimeError: broken kernel" in died.message
     assert "engine failed" in caplog.text
     assert await asyncio.to_thread(thread.stop, 10.0)
+
+
+async def test_commands_are_served_between_the_parts_of_a_step(
+    recorder: Recorder, request_of: Callable[..., TokenRequest]
+) -> None:
+    engine = PatientEngine(config())
+    thread = make_thread(engine, recorder)
+    thread.start(asyncio.get_running_loop())
+    thread.send(SubmitPrefill(ONE, request_of(20), ID))
+    thread.send(SubmitPrefill(SequenceKey("2"), request_of(21), TransferId(7, AttemptId(2))))
+    await recorder.until(lambda: recorder.seen(StepFinished))
+    assert await asyncio.to_thread(thread.stop, 10.0)
+    started = [event.key for event in recorder.events if isinstance(event, PrefillStarted)]
+    assert started == ["1", "2"]
+
+
+async def test_the_thread_does_not_pause_between_the_parts_of_a_step(
+    recorder: Recorder, request_of: Callable[..., TokenRequest]
+) -> None:
+    engine = PatientEngine(config())
+    thread = make_thread(engine, recorder)
+    thread.start(asyncio.get_running_loop())
+    thread.send(SubmitPrefill(ONE, request_of(20), ID))
+    assert await asyncio.to_thread(engine.has_begun.wait, 20.0)
+    assert await asyncio.to_thread(thread.stop, 10.0)
+    assert not thread._is_stalled
 
 
 async def test_more_commands_than_attempts_can_give_is_a_bug(recorder: Recorder) -> None:
