@@ -164,7 +164,8 @@ def prepare(target: Target, requests: Sequence[Request]) -> None:
     for request in requests:
         target.prepare(request)
     gc.collect()
-    gc.freeze()  # or later collections would go through all the prompts, while tokens come
+    gc.freeze()
+    gc.disable()  # a collection would hold up this process for milliseconds while tokens come
 
 
 async def _ask(target: Target, request: Request) -> None:
@@ -187,6 +188,7 @@ def _read(target: Target, requests: Sequence[Request]) -> None:
         request.payload = None
         if not request.error and len(request.arrivals_s) != request.num_output:
             request.error = f"{len(request.arrivals_s)} tokens came of {request.num_output}"
+    gc.enable()
     gc.unfreeze()
 
 
