@@ -37,6 +37,8 @@ ReadClock = Callable[[], float]
 """Seconds since an arbitrary origin."""
 PROMISE_SHARE: Final = 0.9
 """Of the promised inter-token latency a step aims at this share: steps of one shape vary."""
+BLOCKS_BESIDE_STEP: Final = 256
+"""To register while the device computes a step: some 0.4 ms."""
 
 
 class PagedEngine:
@@ -132,6 +134,7 @@ class PagedEngine:
                 if self._ahead_executor is None or not self._ahead_executor.can_launch(plan.chunks):
                     return self._execute(plan, started, began_s)
                 self._current = self._launch(plan.chunks)
+                self._scheduler.hash_ahead(plan.chunks)
             else:
                 self._current, self._ahead = self._ahead, None
                 started = self._begin(self._current.chunks)
@@ -153,6 +156,7 @@ class PagedEngine:
 
     def _execute(self, plan: StepPlan, started: tuple[StartedPrefill, ...], began_s: float) -> StepOutput:
         """One whole step, with nothing else under way."""
+        self._scheduler.catch_up()
         drawn = self._executor.execute(plan.chunks, self._layer_done(plan.chunks)) if plan.chunks else ()
         output = self._commit(plan.chunks, drawn, started)
         if self._step_cost is not None and plan.shape is not None:
@@ -164,6 +168,7 @@ class PagedEngine:
         may_launch = self.runs_ahead and self._may_plan_ahead and self._ahead is None
         if may_launch and current.has_time():
             self._launch_ahead(current)
+        self._scheduler.catch_up(BLOCKS_BESIDE_STEP)
         if not current.advance():
             return StepOutput(failures=self._take_failures(), started=started, is_partial=True)
         results = current.results()
@@ -178,6 +183,7 @@ class PagedEngine:
         self._move_blocks()
         if chunks and self._ahead_executor.can_launch(chunks):
             self._ahead = self._launch(chunks)
+            self._scheduler.hash_ahead(chunks)
 
     def _launch(self, chunks: Sequence[Chunk]) -> Launched:
         assert self._ahead_executor is not None

@@ -104,7 +104,7 @@ class Scheduler:
         if sequence is None or sequence.stage is not Stage.RESERVED:
             return
         sequence.num_computed_tokens = len(sequence.token_ids)
-        self._blocks.register(sequence)
+        self._blocks.register_later(sequence)
         sequence.token_ids.append(first_token_id)
         if self._finish_reason(sequence, first_token_id) is not None:
             self.release(key)
@@ -197,6 +197,17 @@ class Scheduler:
         elif reason is not None:
             self.release(sequence.key)
         return reason
+
+    def catch_up(self, max_blocks: int | None = None) -> None:
+        """Let up to so many blocks join the prefix cache whose KV is there: `start_decode` puts that off."""
+        self._blocks.catch_up(max_blocks)
+
+    def hash_ahead(self, chunks: Sequence[Chunk]) -> None:
+        """Hash the blocks that these prefill chunks will have filled when they are computed."""
+        for chunk in chunks:
+            num_full = chunk.end // self._info.block_size
+            if chunk.is_prefill and num_full:
+                chunk.sequence.block_hash(num_full - 1, self._info.block_size)
 
     def take_copies(self) -> list[BlockCopy]:
         """What is to be copied between device and host before anything else happens to the blocks."""

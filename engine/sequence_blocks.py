@@ -11,7 +11,11 @@ from kvrelay.engine.sequence import Chunk, LiveSequence
 
 
 class SequenceBlocks:
-    """Over one pool. Blocks that a step under way still writes are freed when it has landed."""
+    """Over one pool. Blocks that a step under way still writes are freed when it has landed.
+
+    Hashing and registering a long prompt's blocks takes milliseconds (some 1.5 us a block), so it can be put
+    off until the device is busy with a step; who looks into the prefix cache finds it complete all the same.
+    """
 
     def __init__(self, pool: BlockPool, block_size: int) -> None:
         self.pool = pool
@@ -19,6 +23,7 @@ class SequenceBlocks:
         self._num_launched = 0
         self._num_landed = 0
         self._late_blocks: list[tuple[int, list[BlockId]]] = []
+        self._put_off: dict[LiveSequence, None] = {}
         self.prefix_hit_tokens = 0
         self.prefix_query_tokens = 0
         self.host_hit_tokens = 0
@@ -51,14 +56,38 @@ class SequenceBlocks:
 
     def register(self, sequence: LiveSequence) -> None:
         """Its first `num_computed_tokens` are final: the blocks that they fill join the prefix cache."""
-        block_size = self._block_size
+        if sequence not in self._put_off:
+            self._register(sequence, None)
+
+    def register_later(self, sequence: LiveSequence) -> None:
+        """As `register`, in `catch_up`."""
+        self._put_off[sequence] = None
+
+    def catch_up(self, max_blocks: int | None = None) -> None:
+        """Register what was put off, at most so many blocks."""
+        while self._put_off and (max_blocks is None or max_blocks > 0):
+            sequence = next(iter(self._put_off))
+            num_before = sequence.num_registered_blocks
+            if self._register(sequence, max_blocks):
+                del self._put_off[sequence]
+            if max_blocks is not None:
+                max_blocks -= sequence.num_registered_blocks - num_before
+
+    def _register(self, sequence: LiveSequence, max_blocks: int | None) -> bool:
+        """Whether that was all."""
+        block_size, first = self._block_size, sequence.num_registered_blocks
         num_full = sequence.num_computed_tokens // block_size
-        for index in range(sequence.num_registered_blocks, num_full):
+        end = num_full if max_blocks is None else min(num_full, first + max_blocks)
+        for index in range(first, end):
             self.pool.register(sequence.block_table[index], sequence.block_hash(index, block_size))
-        sequence.num_registered_blocks = max(num_full, sequence.num_registered_blocks)
+        sequence.num_registered_blocks = max(end, first)
+        return end == num_full
 
     def free(self, sequence: LiveSequence) -> None:
         """All of its blocks: now, or when the last step that computes it has landed."""
+        if sequence in self._put_off:
+            self._register(sequence, None)
+            del self._put_off[sequence]
         if sequence.latest_step > self._num_landed:
             self._late_blocks.append((sequence.latest_step, sequence.block_table))
         else:
@@ -101,6 +130,7 @@ class SequenceBlocks:
     def check(self, live: Iterable[LiveSequence]) -> None:
         """Assert every invariant; for tests."""
         self.pool.check()
+        assert all(sequence.block_table for sequence in self._put_off), "put off, and freed"
         held = {block for sequence in live for block in sequence.block_table}
         held |= {block for _, block_table in self._late_blocks for block in block_table}
         assert all(step > self._num_landed for step, _ in self._late_blocks), "no step computes them any more"
@@ -112,6 +142,7 @@ class SequenceBlocks:
     def _match_prefix(self, sequence: LiveSequence) -> list[BlockId | None]:
         """Cached blocks of its prefix, None where the host has it; never of all its tokens: the last token
         must be computed."""
+        self.catch_up()
         return self.pool.match_prefix(
             sequence.block_hash(index, self._block_size) for index in range(self._num_matchable(sequence))
         )

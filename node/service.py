@@ -218,14 +218,14 @@ class NodeService:
     ) -> None:
         if load is not None:
             self._engine_load = load
-        if kv_changes is not None:
-            self._kv_feed.record(kv_changes)
-            for link in self._links:
-                link.kv_changed()
         for event in events:
             self._dispatch(event)
             if isinstance(event, EngineDied) and not self.failed.done():
                 self.failed.set_result(event.message)
+        if kv_changes is not None:  # after the tokens: of a long prompt they take a millisecond
+            self._kv_feed.record(kv_changes)
+            for link in self._links:
+                link.kv_changed()
         if load is not None:
             self._tell_load()
 
