@@ -13,7 +13,7 @@ FUZZ_STAMP := $(FUZZ_VENV)/.installed
 NODE_TESTS := tests/openai_proxy/node
 NODE_STAMP := $(NODE_TESTS)/node_modules/.installed
 
-.PHONY: help setup demo up test lint types imports proto proto-check unit test-node test-fuzz test-load test-gpu bench clean
+.PHONY: help setup demo up test lint types imports proto proto-check unit test-node test-fuzz test-load test-gpu sanitize-gpu bench clean
 .DEFAULT_GOAL := help
 
 help: ## This text
@@ -94,6 +94,10 @@ test-load: $(STAMP) $(LOAD_STAMP) ## An independent load tool (guidellm) against
 
 test-gpu: $(STAMP) ## The torch engine on this machine's GPU against the CPU (skipped where there is none)
 	$(BIN)/python -m pytest tests/gpu
+
+sanitize-gpu: $(STAMP) ## compute-sanitizer's memory check on our kernels (needs a GPU and CUDA's tools)
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
+	    $(BIN)/python -m pytest tests/gpu/test_decode_attention.py tests/gpu/test_cuda_kv_copies.py -k "not float32"
 
 clean: ## Remove .venv, .venv-* and caches (not the model in ~/.cache/kvrelay)
 	rm -rf $(VENV) $(FUZZ_VENV) .venv-load $(NODE_TESTS)/node_modules build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .schemathesis .import_linter_cache

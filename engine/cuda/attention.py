@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 import torch
@@ -12,29 +11,9 @@ from torch import Tensor
 
 from kvrelay.engine.attention import Span
 from kvrelay.engine.cuda.compiled_launch import CompiledLaunch
-from kvrelay.engine.cuda.kernels import (
-    combine_splits_kernel,
-    next_power_of_two,
-    paged_decode_kernel,
-    write_kv_kernel,
-)
+from kvrelay.engine.cuda.decode_attention import DecodeAttention, DecodeInputs
+from kvrelay.engine.cuda.kernels import next_power_of_two, write_kv_kernel
 from kvrelay.engine.cuda.prefill_attention import PrefillAttention
-
-_TILE: Final = 64
-"""Keys that a decode program takes at once."""
-_PROGRAMS: Final = 264
-"""Decode programs that fill an H100's 132 multiprocessors twice."""
-_MAX_SPLITS: Final = 32
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeInputs:
-    """Of single tokens, on the device: `tables` ``[>= num_rows, max_blocks]`` int32, `num_keys`
-    ``[>= num_rows]`` int32."""
-
-    num_rows: int
-    tables: Tensor
-    num_keys: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +29,18 @@ class CudaAttention:
 
     def __init__(self, cache: Tensor, num_heads: int, max_blocks: int) -> None:
         num_layers, _, _, self._block_size, self._num_kv_heads, self._head_dim = cache.shape
-        self._num_heads = num_heads
         self._max_blocks = max_blocks
         self._device = cache.device
         self._prefill = PrefillAttention(
             num_heads, self._num_kv_heads, self._head_dim, cache.dtype, cache.device
         )
         self._launch_write = CompiledLaunch(write_kv_kernel)
-        self._launch_decode = CompiledLaunch(paged_decode_kernel)
-        self._launch_combine = CompiledLaunch(combine_splits_kernel)
+        self._single = DecodeAttention(
+            num_heads, self._num_kv_heads, self._head_dim, self._block_size, cache.device
+        )
         slots = cache.view(num_layers, 2, -1, self._num_kv_heads, self._head_dim)
         self._layers = [(slots[layer, 0], slots[layer, 1]) for layer in range(num_layers)]
         self._write_slots = torch.empty(0, dtype=torch.int64, device=cache.device)
-        self._decode = DecodeInputs(0, self._write_slots, self._write_slots)
         self._chunks: list[_Chunk] = []
         self._fresh: tuple[Tensor, Tensor] | None = None
 
@@ -92,7 +70,7 @@ class CudaAttention:
     def begin_decode(self, decode: DecodeInputs, slots: Tensor) -> None:
         """A step whose single tokens' inputs are on the device already; with no other rows it can be
         captured."""
-        self._decode = decode
+        self._single.begin(decode)
         self._write_slots = slots
         if decode.num_rows == slots.shape[0]:
             self._chunks = []
@@ -108,57 +86,14 @@ class CudaAttention:
         self._fresh = (keys, values)
 
     def attend(self, layer: int, queries: Tensor) -> Tensor:
-        if len(self._chunks) == 1 and not self._decode.num_rows:
+        if len(self._chunks) == 1 and not self._single.num_rows:
             return self._attend_chunk(layer, queries, self._chunks[0])
         attended = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
-        if self._decode.num_rows:
-            self._attend_single(layer, queries, attended)
+        if self._single.num_rows:
+            self._single.attend(queries, *self._layers[layer], attended)
         for chunk in self._chunks:
             attended[chunk.rows] = self._attend_chunk(layer, queries[chunk.rows], chunk)
         return attended
-
-    def _attend_single(self, layer: int, queries: Tensor, attended: Tensor) -> None:
-        key_cache, value_cache = self._layers[layer]
-        decode, num_rows, head_dim = self._decode, self._decode.num_rows, self._head_dim
-        splits = _num_splits(num_rows * self._num_kv_heads)
-        partial_out = partial_lse = attended
-        if splits > 1:
-            shape = (num_rows, self._num_heads, splits)
-            partial_out = queries.new_empty((*shape, head_dim), dtype=torch.float32)
-            partial_lse = queries.new_empty(shape, dtype=torch.float32)
-        per_kv = self._num_heads // self._num_kv_heads
-        self._launch_decode(
-            (num_rows, self._num_kv_heads, splits),
-            (
-                queries,
-                key_cache,
-                value_cache,
-                decode.tables,
-                decode.num_keys,
-                attended,
-                partial_out,
-                partial_lse,
-            ),
-            (
-                queries.stride(0),
-                decode.tables.stride(0),
-                head_dim**-0.5,
-                per_kv,
-                max(16, next_power_of_two(per_kv)),
-                self._num_kv_heads,
-                head_dim,
-                max(16, next_power_of_two(head_dim)),
-                self._block_size,
-                _TILE,
-                splits,
-            ),
-        )
-        if splits > 1:
-            self._launch_combine(
-                (num_rows * self._num_heads, 1, 1),
-                (partial_out, partial_lse, attended),
-                (head_dim, next_power_of_two(head_dim), splits),
-            )
 
     def _attend_chunk(self, layer: int, queries: Tensor, chunk: _Chunk) -> Tensor:
         assert self._fresh is not None
@@ -178,11 +113,3 @@ class CudaAttention:
 
     def _upload(self, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> Tensor:
         return torch.from_numpy(array).pin_memory().to(self._device, non_blocking=True)
-
-
-def _num_splits(num_programs: int) -> int:
-    """A power of two, so that few kernels are compiled."""
-    splits = 1
-    while splits < _MAX_SPLITS and num_programs * splits * 2 <= _PROGRAMS:
-        splits *= 2
-    return splits

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvrelay.core.ids import BlockId
-from kvrelay.engine.cuda.attention import CudaAttention, DecodeInputs
+from kvrelay.engine.cuda.attention import CudaAttention
+from kvrelay.engine.cuda.decode_attention import DecodeInputs
 from kvrelay.engine.cuda.kernels import begin_step_kernel, next_power_of_two
 from kvrelay.engine.cuda.plain_draw import draw_key
 from kvrelay.engine.cuda.sampler import CudaSampler
