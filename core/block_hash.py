@@ -42,6 +42,12 @@ def chain_hashes(
     return hashes
 
 
+def block_key(block_hash: BlockHash) -> int:
+    """A block's name in KV events and in the router's index, ``0 <= key < 2**64``: the first 8 bytes of its
+    hash. Good for a hint; what a node does with a block it decides by the whole hash."""
+    return int.from_bytes(block_hash[:8], "little")
+
+
 def sequence_digest(token_ids: Sequence[int], root: BlockHash) -> BlockHash:
     """One hash over a whole token sequence: a handoff carries it to prove that both nodes mean one prompt."""
     return next_block_hash(root, token_ids)
