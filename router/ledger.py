@@ -27,6 +27,7 @@ from kvrelay.core.node_messages import HandoffVerified, PrefillFinished, Role
 from kvrelay.core.request import FinishReason, TokenRequest
 from kvrelay.router.events import SessionId
 from kvrelay.router.output_merge import NO_ATTEMPT, OutputMerge
+from kvrelay.router.placement import PlacementRequest
 
 
 class RequestState(StrEnum):
@@ -98,6 +99,8 @@ class RequestEntry:
     state: RequestState = RequestState.QUEUED
     attempt: Attempt | None = None
     continued: TokenRequest | None = None
+    placing: PlacementRequest | None = None
+    """As the policy saw it last."""
     num_attempts: int = 0
     num_unsettled_attempts: int = 0
     queued_since_s: float = 0.0

@@ -6,15 +6,16 @@ with every term of its score, so that a decision can be asked about afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Protocol
 
 from kvrelay.core.explanation import Candidate as Candidate
 from kvrelay.core.explanation import Decision as Decision
-from kvrelay.core.ids import NodeId, RequestId
-from kvrelay.core.node_messages import NodeDescription, NodeLoad, Role
+from kvrelay.core.ids import AttemptId, NodeId, RequestId
+from kvrelay.core.node_messages import NodeDescription, NodeLoad, PrefillFinished, Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,8 @@ class PlacementRequest:
     """What a policy may know of a request.
 
     `token_ids` is the prompt plus the output delivered so far; `num_growth_tokens` is the output to set
-    aside room for. Nodes in `avoided` failed this request before.
+    aside room for. Nodes in `avoided` failed this request before. `submitted_s` is when it came, on the
+    router's clock.
     """
 
     request_id: RequestId
@@ -31,6 +33,7 @@ class PlacementRequest:
     num_growth_tokens: int
     cache_salt: bytes = b""
     avoided: frozenset[NodeId] = frozenset()
+    submitted_s: float = 0.0
 
     @property
     def num_tokens(self) -> int:
@@ -84,25 +87,120 @@ class ClusterView(Protocol):
         ...
 
 
-class PlacementPolicy(Protocol):
-    """Decides; holds no resources. May learn between calls, deterministically."""
+class WaitingRequests(Protocol):
+    """The requests of one model that wait, oldest first. `len` may count some that are not to start yet."""
 
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[PlacementRequest]: ...
+
+
+class PlacementPolicy(Protocol):
+    """Decides which waiting request starts next, and where; holds no resources. It may learn from what it is
+    told between decisions (`note_...`), deterministically."""
+
+    @property
+    def name(self) -> str: ...
+
+    def pick(self, waiting: WaitingRequests, cluster: ClusterView, now_s: float, rng: Random) -> Pick | None:
+        """One of the waiting requests of one model, oldest first, with a pair of equal fingerprints and no
+        objection; None: nothing is to start now. Asked again after each placement, and whenever something
+        changed that may let a request start."""
+        ...
+
+    def note_attached(self, node: NodeView, now_s: float) -> None:
+        """The node can be placed on from now on."""
+        ...
+
+    def note_lost(self, node: NodeView) -> None:
+        """The node is gone, with all it held."""
+        ...
+
+    def note_load(self, node: NodeView, load: NodeLoad) -> None:
+        """The node said how busy it is."""
+        ...
+
+    def note_placed(
+        self, attempt_id: AttemptId, request: PlacementRequest, decision: Decision, now_s: float
+    ) -> None:
+        """An attempt was dispatched to the pair of `decision`."""
+        ...
+
+    def note_prefilled(self, node_id: NodeId, report: PrefillFinished, now_s: float) -> None:
+        """The prefill of a current attempt is computed."""
+        ...
+
+    def note_settled(self, node_id: NodeId, attempt_id: AttemptId, now_s: float) -> None:
+        """The node holds nothing of the attempt any more, whatever became of it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """The request that is to start, and where."""
+
+    request: PlacementRequest
+    decision: Decision
+
+
+class FirstComePolicy(ABC):
+    """A `PlacementPolicy` that takes requests in order, learns nothing, and chooses the pair by `choose`."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str: ...
+
+    @abstractmethod
     def choose(
         self, request: PlacementRequest, cluster: ClusterView, now_s: float, rng: Random
     ) -> Decision | None:
         """A pair with equal fingerprints and no objection, or None when there is none now."""
-        ...
+
+    def pick(self, waiting: WaitingRequests, cluster: ClusterView, now_s: float, rng: Random) -> Pick | None:
+        """See `PlacementPolicy.pick`: the first that can start. Only a request that waits for other nodes
+        than those which failed it lets later ones pass."""
+        for request in waiting:
+            decision = self.choose(request, cluster, now_s, rng)
+            if decision is not None:
+                return Pick(request, decision)
+            if not request.avoided:
+                return None
+        return None
+
+    # What follows is told to every policy; this one need not know. See `PlacementPolicy`.
+
+    def note_attached(self, node: NodeView, now_s: float) -> None:
+        return
+
+    def note_lost(self, node: NodeView) -> None:
+        return
+
+    def note_load(self, node: NodeView, load: NodeLoad) -> None:
+        return
+
+    def note_placed(
+        self, attempt_id: AttemptId, request: PlacementRequest, decision: Decision, now_s: float
+    ) -> None:
+        return
+
+    def note_prefilled(self, node_id: NodeId, report: PrefillFinished, now_s: float) -> None:
+        return
+
+    def note_settled(self, node_id: NodeId, attempt_id: AttemptId, now_s: float) -> None:
+        return
 
 
-class LeastLoaded:
+class LeastLoaded(FirstComePolicy):
     """The prefill node with the fewest outstanding tokens, the decode node with the most free head-room."""
 
-    name = "least-loaded"
+    @property
+    def name(self) -> str:
+        return "least-loaded"
 
     def choose(
         self, request: PlacementRequest, cluster: ClusterView, now_s: float, rng: Random
     ) -> Decision | None:
-        """See `PlacementPolicy.choose`. Ties are broken by `rng`."""
+        """See `FirstComePolicy.choose`. Ties are broken by `rng`."""
         scored = {
             role: [
                 (node, self._score(node, role, request, now_s))

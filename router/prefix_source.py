@@ -1,0 +1,36 @@
+"""Where a policy reads which node holds which prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from kvrelay.core.ids import NodeId
+from kvrelay.router.block_index import PrefixMatch
+from kvrelay.router.placement import NodeView, PlacementRequest
+
+
+class PrefixSource(Protocol):
+    """The block index, and the names by which it knows blocks and nodes."""
+
+    @property
+    def max_nodes(self) -> int:
+        """Every `index_slot` is below."""
+        ...
+
+    @property
+    def max_routed_entries(self) -> int:
+        """Blocks of prompts on their way that are remembered at most, over all nodes."""
+        ...
+
+    def keys(self, request: PlacementRequest, node: NodeView) -> Sequence[int]:
+        """Keys of the request's blocks, first to last, as nodes like this one name them."""
+        ...
+
+    def match_prefix(self, keys: Sequence[int]) -> PrefixMatch:
+        """How many leading blocks each node holds, by `index_slot`."""
+        ...
+
+    def index_slot(self, node_id: NodeId) -> int:
+        """The node's place in the index."""
+        ...
