@@ -28,6 +28,7 @@ class PlannedPrefill:
     slot: int
     num_new_tokens: int
     work_s: float
+    num_new_blocks: int
     keys: Sequence[int]
 
 
@@ -89,7 +90,12 @@ class FleetPolicy(FirstComePolicy):
         prefill = self._prefill_with(decision.prefill_node)
         assert prefill is not None
         sent = SentPrefill(
-            planned.slot, request.num_tokens, planned.num_new_tokens, planned.work_s, planned.keys
+            planned.slot,
+            request.num_tokens,
+            planned.num_new_tokens,
+            planned.work_s,
+            planned.num_new_blocks,
+            planned.keys,
         )
         prefill.note_sent(attempt_id, sent, now_s)
         decode = self._decode_with(decision.decode_node)

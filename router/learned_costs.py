@@ -22,9 +22,16 @@ _PREFILL_PRIOR: Final = (0.005, 2.5e-5, 1e-9)
 _PULL_PRIOR: Final = (0.003, 5e-6)
 """Seconds: of a pull, of a token."""
 _MIN_SECONDS: Final = 1e-4
-_FACTOR_MEMORY: Final = 0.97
+_FACTOR_MEMORY: Final = 0.9
+_MAX_STEP: Final = 2.0
+"""One prefill tells of at most so many times what was expected of its node: a stall is no slow node."""
 _FACTOR_PRIOR_S: Final = 1.0
 """A node's factor is 1 until about so many seconds of computing speak against it."""
+_SAME_WITHIN_ERRORS: Final = 3.0
+_SAME_WITHIN: Final = 0.1
+"""Nodes that differ by no more than so many times what predictions are off by, or by this share, whichever is
+less, count as alike: else the one that happens to look best would get all that could go anywhere, and its
+cache would lose what it holds."""
 _MAX_FACTOR: Final = 100.0
 
 
@@ -76,11 +83,22 @@ class PrefillCosts:
             return
         features = (1.0, float(num_new), num_new * (num_cached + 0.5 * num_new))
         expected_s = self._fit.expected(features)
-        self._fit.observe(features, measured_s / float(self._factors[slot]))
-        self._measured_s[slot] = self._measured_s[slot] * _FACTOR_MEMORY + measured_s
+        factor = float(self._factors[slot])
+        self._fit.observe(features, measured_s / factor)
+        usual_s = expected_s * factor
+        self._measured_s[slot] *= _FACTOR_MEMORY
+        self._measured_s[slot] += min(max(measured_s, usual_s / _MAX_STEP), usual_s * _MAX_STEP)
         self._expected_s[slot] = self._expected_s[slot] * _FACTOR_MEMORY + expected_s
-        ratio = (self._measured_s[slot] + _FACTOR_PRIOR_S) / (self._expected_s[slot] + _FACTOR_PRIOR_S)
-        self._factors[slot] = min(max(float(ratio), 1.0 / _MAX_FACTOR), _MAX_FACTOR)
+        self._factors[slot] = self._factor(slot)
+
+    def _factor(self, slot: int) -> float:
+        """The node's measured over expected time, relative to that of all nodes together."""
+        all_nodes = float(self._measured_s.sum() / self._expected_s.sum())
+        expected_s = float(self._expected_s[slot]) * all_nodes
+        ratio = (float(self._measured_s[slot]) + _FACTOR_PRIOR_S) / (expected_s + _FACTOR_PRIOR_S)
+        if abs(ratio - 1.0) <= min(_SAME_WITHIN_ERRORS * self.relative_error, _SAME_WITHIN):
+            return 1.0
+        return min(max(ratio, 1.0 / _MAX_FACTOR), _MAX_FACTOR)
 
 
 class PullCosts:

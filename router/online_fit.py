@@ -19,6 +19,8 @@ Floats = NDArray[np.float64]
 
 _MEMORY: Final = 0.998
 """What one observation later is left of another's weight: some 500 count."""
+_PRIOR_VARIANCE: Final = 100.0
+"""Of the coefficients, as shares of the prior: it gives way to the first measurements."""
 _NUM_UNCUT: Final = 20
 """The first observations may be anywhere: the prior is a guess."""
 _CUT_AT_ERRORS: Final = 4.0
@@ -39,7 +41,7 @@ class OnlineFit:
         assert floor > 0
         self._scale: Floats = np.array(prior, dtype=np.float64)
         self._theta: Floats = np.ones(len(prior))
-        self._covariance: Floats = np.eye(len(prior))
+        self._covariance: Floats = np.eye(len(prior)) * _PRIOR_VARIANCE
         self._floor = floor
         self.coefficients: Floats = self._scale.copy()
         """Read only."""

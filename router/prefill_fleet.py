@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,16 @@ from kvrelay.router.routed_prefixes import RoutedPrefixes
 Ints = NDArray[np.int64]
 
 
+_COUNT_COLUMNS: Final = (
+    "index_slots",
+    "inserted_blocks",
+    "num_pending",
+    "pending_tokens",
+    "pending_new_tokens",
+    "pending_blocks",
+)
+
+
 @dataclass(frozen=True, slots=True)
 class SentPrefill:
     """One prompt on its way through a node. `work_s` is what it was expected to keep the node busy."""
@@ -34,6 +45,8 @@ class SentPrefill:
     num_tokens: int
     num_new_tokens: int
     work_s: float
+    num_new_blocks: int
+    """Those that its cache will have to make room for."""
     keys: Sequence[int]
 
 
@@ -61,6 +74,9 @@ class PrefillFleet:
         self.pending_tokens: Ints = np.zeros(0, np.int64)
         self.pending_new_tokens: Ints = np.zeros(0, np.int64)
         self.pending_blocks: Ints = np.zeros(0, np.int64)
+        self.inserted_blocks: Ints = np.zeros(0, np.int64)
+        """All that each node's cache was ever made to take in by this router. Caches drop what they used
+        longest ago, so where this grows alike, no cache drops what another would keep."""
         self.is_present: NDArray[np.bool_] = np.zeros(0, np.bool_)
         self.sent: dict[AttemptId, SentPrefill] = {}
         self._pending_s: Floats = np.zeros(0)
@@ -102,6 +118,9 @@ class PrefillFleet:
         if slot == len(self.is_present):
             self._grow()
         self.index_slots[slot] = self._source.index_slot(node.description.node_id)
+        self.inserted_blocks[slot] = self.inserted_blocks[self.is_present].min(initial=2**62)
+        if not self.is_present.any():
+            self.inserted_blocks[slot] = 0
         self.is_present[slot] = True
 
     def remove(self, node_id: NodeId) -> None:
@@ -124,6 +143,7 @@ class PrefillFleet:
         self._end_s[slot] = start_s + sent.work_s
         self._pending_s[slot] += sent.work_s
         self.sent[attempt_id] = sent
+        self.inserted_blocks[slot] += sent.num_new_blocks
         self._count(sent, 1)
         self._routed.add(slot, sent.keys)
 
@@ -162,7 +182,7 @@ class PrefillFleet:
 
     def _grow(self) -> None:
         size = self.slots.size
-        for name in ("index_slots", "num_pending", "pending_tokens", "pending_new_tokens", "pending_blocks"):
+        for name in _COUNT_COLUMNS:
             setattr(self, name, np.append(getattr(self, name), np.int64(0)))
         for name in ("_pending_s", "_end_s", "_foreign_tokens"):
             setattr(self, name, np.append(getattr(self, name), 0.0))

@@ -21,6 +21,7 @@ class PrefillOptions:
 
     keys: Sequence[int]
     match: PrefixMatch
+    own_blocks: Ints
     own_tokens: Ints
     pulled_tokens: Ints
     pull_s: Floats
@@ -28,6 +29,10 @@ class PrefillOptions:
     does_pull: Ints
     holder: int
     least_work_s: float
+
+    def num_new_blocks(self, slot: int) -> int:
+        """What that node's cache would have to take in."""
+        return len(self.keys) - int(self.own_blocks[slot])
 
     def cached_tokens(self, slot: int) -> int:
         """What need not be computed on that node."""
@@ -48,7 +53,7 @@ def prefill_options(keys: Sequence[int], num_tokens: int, fleet: PrefillFleet) -
     if best == 0 or best <= own_tokens.min():
         no_pull = np.zeros(len(own_tokens))
         return PrefillOptions(
-            keys, held.match, own_tokens, own_tokens, no_pull, own_s,
+            keys, held.match, held.later, own_tokens, own_tokens, no_pull, own_s,
             no_pull.astype(np.int64), holder, float(own_s.min()),
         )  # fmt: skip
     pulled_tokens = np.maximum(own_tokens, best)
@@ -57,6 +62,6 @@ def prefill_options(keys: Sequence[int], num_tokens: int, fleet: PrefillFleet) -
     does_pull = pulled_s < own_s
     work_s = np.where(does_pull, pulled_s, own_s)
     return PrefillOptions(
-        keys, held.match, own_tokens, pulled_tokens, np.where(does_pull, pull_s, 0.0), work_s,
+        keys, held.match, held.later, own_tokens, pulled_tokens, np.where(does_pull, pull_s, 0.0), work_s,
         does_pull.astype(np.int64), holder, float(work_s.min()),
     )  # fmt: skip

@@ -44,6 +44,8 @@ _OPTIONS_AGE_S: Final = 1.0
 _LEAD_S: Final = 0.01
 """A node that has less than this to do counts as idle: its next prompt must reach it before it is."""
 _MAX_REMEMBERED: Final = 1024
+_NUM_DRAWN: Final = 16
+"""Of nodes that are equal, so many are drawn, and the one that took in least of them is taken."""
 _MAX_TRIES: Final = 8
 """Nodes that are asked for an objection before a request is left to wait."""
 
@@ -56,6 +58,11 @@ class PrefixAware(FleetPolicy):
         self._congestion = Congestion()
         self._options: OrderedDict[RequestId, tuple[float, PrefillOptions]] = OrderedDict()
         """When each was looked up, of the requests that wait."""
+        self._parked: OrderedDict[RequestId, tuple[int, float, float]] = OrderedDict()
+        """Of those that wait for a busy node: which, until when, and for how long they will keep it busy."""
+        self._barren_scene: tuple[int, RequestId, bytes] | None = None
+        """Who waited and which nodes were idle when nothing could be placed; good until `_barren_until_s`."""
+        self._barren_until_s = 0.0
 
     @property
     def name(self) -> str:
@@ -95,24 +102,47 @@ class PrefixAware(FleetPolicy):
         rng: Random,
     ) -> Pick | None:
         """`backlog_s` is changed: what would rather wait for a busy node is counted there."""
-        num_queued = num_waiting - 1 + int(np.maximum(prefill.num_pending - 1, 0).sum())
-        weight = self._congestion.weight(num_queued, prefill.slots.num_nodes)
+        is_idle = backlog_s <= _LEAD_S
+        scene = (len(considered), considered[-1].request_id, is_idle.tobytes())
+        if scene == self._barren_scene and now_s < self._barren_until_s:
+            return None
+        num_idle = int(is_idle.sum())
+        num_queued = num_waiting + int(np.maximum(prefill.num_pending - 1, 0).sum()) - num_idle
+        weight = self._congestion.weight(max(0, num_queued), prefill.slots.num_nodes)
+        self._barren_until_s = now_s + _OPTIONS_AGE_S
         for request in self._ranked(considered, prefill, now_s):
-            options = self._options_of(request, prefill, now_s, _OPTIONS_AGE_S)
-            slot = self._best_slot(request, options, prefill, backlog_s, weight, now_s, rng)
-            if slot is not None and backlog_s[slot] <= _LEAD_S:
-                options = self._options_of(request, prefill, now_s, 0.0)
-                slot = self._best_slot(request, options, prefill, backlog_s, weight, now_s, rng)
-            if slot is None:
+            parked = self._parked.get(request.request_id)
+            if parked is not None and now_s < parked[1] and num_waiting <= _MAX_CONSIDERED:
+                backlog_s[parked[0]] += parked[2]
                 continue
-            if backlog_s[slot] > _LEAD_S:
+            options = self._options_of(request, prefill, now_s, _OPTIONS_AGE_S)
+            slot = int((backlog_s + (1.0 + weight) * options.work_s).argmin())
+            if backlog_s[slot] <= _LEAD_S:
+                options = self._options_of(request, prefill, now_s, 0.0)
+                found = self._best_slot(request, options, prefill, backlog_s, weight, now_s, rng)
+                if found is None:
+                    continue
+                slot = found
+            if backlog_s[slot] > _LEAD_S and num_waiting <= _MAX_CONSIDERED:
+                self._park(request, slot, float(backlog_s[slot]), float(options.work_s[slot]), now_s)
                 backlog_s[slot] += options.work_s[slot]
                 continue
             choice = decode.choose(request, options.match, now_s, rng)
             if choice is None:
                 return None
             return self._placed(request, options, slot, choice, prefill, backlog_s, weight, now_s)
+        self._barren_scene = scene
         return None
+
+    def _park(
+        self, request: PlacementRequest, slot: int, backlog_s: float, work_s: float, now_s: float
+    ) -> None:
+        """It waits for a busy node: no need to look at it again before that one is expected to be idle."""
+        until_s = now_s + min(max(0.0, backlog_s - _LEAD_S), _OPTIONS_AGE_S)
+        self._parked[request.request_id] = slot, until_s, work_s
+        self._barren_until_s = min(self._barren_until_s, until_s)
+        if len(self._parked) > _MAX_REMEMBERED:
+            self._parked.popitem(last=False)
 
     def _ranked(
         self, considered: list[PlacementRequest], prefill: PrefillFleet, now_s: float
@@ -182,8 +212,9 @@ class PrefixAware(FleetPolicy):
         slots, work_s = prefill.slots, float(options.work_s[slot])
         self._congestion.note_work(work_s, slots.num_nodes, now_s)
         self._options.pop(request.request_id, None)
+        self._parked.pop(request.request_id, None)
         num_new = request.num_tokens - options.cached_tokens(slot)
-        self.planned = PlannedPrefill(slot, num_new, work_s, options.keys)
+        self.planned = PlannedPrefill(slot, num_new, work_s, options.num_new_blocks(slot), options.keys)
         holder = slots.node_ids[options.holder] if options.does_pull[slot] else None
         terms = (
             ("queue_s", backlog_s),
@@ -214,11 +245,15 @@ def _among_equals(
     backlog_s: Floats,
     rng: Random,
 ) -> int:
-    """One of the nodes that differ from the best in nothing but what predictions are off by, at random: so
-    that routers which see the same do not all do the same."""
+    """Of the nodes that differ from the best in nothing but what predictions are off by, some are drawn, so
+    that routers which see the same do not all do the same; the one of these whose cache took in least gets
+    it, so that all caches keep blocks for about the same time, as one large cache would."""
     within_s = prefill.costs.relative_error * float(options.work_s[best]) + 1e-9
     is_equal = score <= score[best] + within_s
     is_equal &= backlog_s <= max(float(backlog_s[best]), _LEAD_S)
     is_equal &= options.own_tokens == options.own_tokens[best]
     equals = np.flatnonzero(is_equal)
-    return int(equals[rng.randrange(len(equals))]) if len(equals) > 1 else best
+    if len(equals) < 2:
+        return best
+    drawn = equals[[rng.randrange(len(equals)) for _ in range(_NUM_DRAWN)]]
+    return int(drawn[prefill.inserted_blocks[drawn].argmin()])

@@ -17,23 +17,24 @@ from kvrelay.simulator.baselines.sglang import SGLangCacheAware
 from kvrelay.simulator.baselines.unaware import RandomNode, RoundRobin
 from kvrelay.simulator.cost_model import CostModel
 
-MakePolicy = Callable[[PrefixSource, CostModel], FleetPolicy]
+MakePolicy = Callable[[PrefixSource, CostModel, int], FleetPolicy]
+"""From the prefixes, the cost model and the blocks of a node's cache."""
 
 POLICIES: Final[Mapping[str, MakePolicy]] = {
-    "kvrelay": lambda source, costs: PrefixAware(source),
-    "random": lambda source, costs: RandomNode(source),
-    "round-robin": lambda source, costs: RoundRobin(source),
-    "least-loaded": LeastLoadedPrefill,
-    "consistent-hash": lambda source, costs: ConsistentHash(source),
-    "sglang": lambda source, costs: SGLangCacheAware(source),
-    "dynamo": lambda source, costs: DynamoCost(source),
-    "mooncake": MooncakeMinTTFT,
-    "mooncake-pull": MooncakePull,
+    "kvrelay": lambda source, *_: PrefixAware(source),
+    "random": lambda source, *_: RandomNode(source),
+    "round-robin": lambda source, *_: RoundRobin(source),
+    "least-loaded": lambda source, costs, _: LeastLoadedPrefill(source, costs),
+    "consistent-hash": lambda source, *_: ConsistentHash(source),
+    "sglang": lambda source, _, cache_blocks: SGLangCacheAware(source, cache_blocks),
+    "dynamo": lambda source, *_: DynamoCost(source),
+    "mooncake": lambda source, costs, _: MooncakeMinTTFT(source, costs),
+    "mooncake-pull": lambda source, costs, _: MooncakePull(source, costs),
 }
 """The baselines that predict times are given the cost model itself; `kvrelay` learns."""
 
 
-def make_policy(name: str, source: PrefixSource, costs: CostModel) -> FleetPolicy:
+def make_policy(name: str, source: PrefixSource, costs: CostModel, cache_blocks: int) -> FleetPolicy:
     """A new policy.
 
     Raises:
@@ -42,4 +43,4 @@ def make_policy(name: str, source: PrefixSource, costs: CostModel) -> FleetPolic
     make = POLICIES.get(name)
     if make is None:
         raise ConfigError(f"policy {name!r} is unknown; known: {', '.join(POLICIES)}", field="policy")
-    return make(source, costs)
+    return make(source, costs, cache_blocks)

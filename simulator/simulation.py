@@ -90,7 +90,7 @@ class Simulation:
         num_prefill, num_decode = scenario.num_prefill_nodes, max(1, scenario.num_decode_nodes)
         max_entries = num_prefill * scenario.cache_blocks + 1_000_000
         self._prefixes = TracePrefixes(max_entries, num_prefill, num_decode)
-        self._policy = PullPlans(make_policy(scenario.policy, self._prefixes, costs))
+        self._policy = PullPlans(make_policy(scenario.policy, self._prefixes, costs, scenario.cache_blocks))
         self._core = RouterCore(_core_config(scenario), 1, self._policy, Random(scenario.seed))
         self.prefill_nodes = [
             SimPrefillNode(number, scenario.cache_blocks, trace.block_tokens, costs)

@@ -27,10 +27,14 @@ class Prompt:
         """Tokens of so many leading blocks, never the whole prompt."""
         return np.minimum(blocks * fleet.block_size, self.num_tokens - 1)
 
+    def num_new_blocks(self, slot: int) -> int:
+        """Those that the node's cache has not got."""
+        return len(self.keys) - int(self.held.later[slot])
+
     def on(self, slot: int, work_s: float = 0.0) -> PrefillChoice:
         """That node, with what its own cache has."""
         num_new = self.num_tokens - int(self.own_tokens[slot])
-        return PrefillChoice(PlannedPrefill(slot, num_new, work_s, self.keys))
+        return PrefillChoice(PlannedPrefill(slot, num_new, work_s, self.num_new_blocks(slot), self.keys))
 
 
 def least(values: Floats | Ints, fleet: PrefillFleet, rng: Random) -> int:

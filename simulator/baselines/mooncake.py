@@ -67,7 +67,11 @@ class MooncakePull(MooncakeMinTTFT):
         if pulled_s[slot] >= own_s[slot]:
             return prompt.on(slot, float(own_s[slot]))
         planned = PlannedPrefill(
-            slot, prompt.num_tokens - int(with_pull[slot]), float(pulled_s[slot]), prompt.keys
+            slot,
+            prompt.num_tokens - int(with_pull[slot]),
+            float(pulled_s[slot]),
+            prompt.num_new_blocks(slot),
+            prompt.keys,
         )
         holder_id = fleet.slots.node(holder).description.node_id
         return PrefillChoice(planned, holder_id, int(best[holder]))

@@ -1,9 +1,9 @@
 """SGLang's cache-aware routing.
 
 While load is balanced, a prompt of which some node has more than `CACHE_THRESHOLD` goes to the node that has
-most of it, any other to the node that holds least. Load is unbalanced when the most loaded node has more than
-`BALANCE_ABS` requests more than the least loaded one, and more than `BALANCE_REL` times as many: then the
-least loaded one gets it.
+most of it, any other to the node that holds least, up to a full cache. Load is unbalanced when the most
+loaded node has more than `BALANCE_ABS` requests more than the least loaded one, and more than `BALANCE_REL`
+times as many: then the least loaded one gets it.
 
 Source: sgl-project/sglang, sgl-router, policies/cache_aware.rs (cache_threshold, balance_abs_threshold and
 balance_rel_threshold). It keeps its own approximate tree of what it routed; here it sees caches exactly.
@@ -31,8 +31,9 @@ BALANCE_REL: Final = 1.5
 class SGLangCacheAware(SingleFleetPolicy):
     """See the module."""
 
-    def __init__(self, source: PrefixSource) -> None:
+    def __init__(self, source: PrefixSource, max_tree_blocks: int) -> None:
         super().__init__(source)
+        self._max_tree_blocks = max_tree_blocks
         self._routed_blocks: Ints = np.zeros(0, np.int64)
 
     @property
@@ -45,7 +46,7 @@ class SGLangCacheAware(SingleFleetPolicy):
         """See `SingleFleetPolicy`."""
         prompt = Prompt(request, fleet)
         slot = self._slot(prompt, fleet, rng)
-        self._routed_blocks[slot] += len(prompt.keys) - int(prompt.held.later[slot])
+        self._routed_blocks[slot] += prompt.num_new_blocks(slot)
         return prompt.on(slot)
 
     def _slot(self, prompt: Prompt, fleet: PrefillFleet, rng: Random) -> int:
@@ -58,4 +59,5 @@ class SGLangCacheAware(SingleFleetPolicy):
             return least(fleet.num_pending, fleet, rng)
         if prompt.own_tokens.max() / prompt.num_tokens > CACHE_THRESHOLD:
             return least(-prompt.own_tokens, fleet, rng)
-        return least(self._routed_blocks, fleet, rng)
+        trees = np.minimum(self._routed_blocks, self._max_tree_blocks) + fleet.pending_blocks
+        return least(trees, fleet, rng)
