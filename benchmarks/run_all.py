@@ -21,6 +21,7 @@ BENCHMARKS = (
     "client_stream",
     "proxy_streams",
     "router_core",
+    "placement_decision",
     "client_tokenize",
     "footprint",
 )

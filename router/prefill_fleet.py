@@ -83,7 +83,7 @@ class PrefillFleet:
         self._end_s: Floats = np.zeros(0)
         self._foreign_tokens: Floats = np.zeros(0)
         self._source = source
-        self._routed = RoutedPrefixes(source.max_routed_entries, source.max_nodes)
+        self._routed = RoutedPrefixes()
 
     # ---- what is asked -----------------------------------------------------------------------------
 
@@ -95,10 +95,9 @@ class PrefillFleet:
         """How much of a chain of blocks the nodes have."""
         match = self._source.match_prefix(keys)
         now = match.device[self.index_slots]
-        later = match.either[self.index_slots]
-        if self.sent:
-            later = np.maximum(later, self._routed.num_blocks(keys)[: self.slots.size])
-        return HeldBlocks(match, now.astype(np.int64), later.astype(np.int64))
+        later = match.either[self.index_slots].astype(np.int64)
+        self._routed.raise_blocks(later, keys)
+        return HeldBlocks(match, now.astype(np.int64), later)
 
     def backlog_s(self, now_s: float) -> Floats:
         """Seconds until each node would start what is sent to it now; infinite where there is no node. One
@@ -127,8 +126,7 @@ class PrefillFleet:
         """A node is lost, and all that was sent to it."""
         slot = self.slots.remove(node_id)
         for attempt_id in [key for key, sent in self.sent.items() if sent.slot == slot]:
-            del self.sent[attempt_id]
-        self._routed.clear(slot)
+            self._routed.remove(attempt_id, self.sent.pop(attempt_id).keys)
         self.costs.forget(slot)
         self.is_present[slot] = False
         for column in (self.num_pending, self.pending_tokens, self.pending_new_tokens, self.pending_blocks):
@@ -145,7 +143,7 @@ class PrefillFleet:
         self.sent[attempt_id] = sent
         self.inserted_blocks[slot] += sent.num_new_blocks
         self._count(sent, 1)
-        self._routed.add(slot, sent.keys)
+        self._routed.add(attempt_id, slot, sent.keys)
 
     def note_computed(self, report: PrefillFinished, now_s: float) -> None:
         """A prompt is computed: learn from it, and take the node to start its next one now."""
@@ -166,7 +164,7 @@ class PrefillFleet:
         left_s = float(self._pending_s[slot]) - sent.work_s if self.num_pending[slot] else 0.0
         self._pending_s[slot] = left_s
         self._end_s[slot] = now_s + left_s
-        self._routed.remove(slot, sent.keys)
+        self._routed.remove(attempt_id, sent.keys)
 
     def note_load(self, node_id: NodeId, load: NodeLoad) -> None:
         """What waits on a node beyond what this router sent, other routers sent."""

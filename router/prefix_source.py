@@ -13,16 +13,6 @@ from kvrelay.router.placement import NodeView, PlacementRequest
 class PrefixSource(Protocol):
     """The block index, and the names by which it knows blocks and nodes."""
 
-    @property
-    def max_nodes(self) -> int:
-        """Every `index_slot` is below."""
-        ...
-
-    @property
-    def max_routed_entries(self) -> int:
-        """Blocks of prompts on their way that are remembered at most, over all nodes."""
-        ...
-
     def keys(self, request: PlacementRequest, node: NodeView) -> Sequence[int]:
         """Keys of the request's blocks, first to last, as nodes like this one name them."""
         ...

@@ -33,9 +33,7 @@ class TracePrefixes:
     """A `PrefixSource` whose index is kept by the simulation, exactly and without delay."""
 
     def __init__(self, max_entries: int, num_prefill_nodes: int, num_decode_nodes: int) -> None:
-        self.max_nodes = num_prefill_nodes + num_decode_nodes
-        self.max_routed_entries = max_entries
-        self.index = BlockIndex(max_entries, self.max_nodes)
+        self.index = BlockIndex(max_entries, num_prefill_nodes + num_decode_nodes)
         self._slots: dict[NodeId, int] = {}
 
     def enter(self, node_id: NodeId, slot: int) -> None:
