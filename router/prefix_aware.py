@@ -41,8 +41,9 @@ _MAX_CONSIDERED: Final = 64
 """Of the requests that wait, so many of the oldest are looked at."""
 _OPTIONS_AGE_S: Final = 1.0
 """What caches hold for a waiting request is looked up again after this, and always before it is placed."""
-_LEAD_S: Final = 0.01
-"""A node that has less than this to do counts as idle: its next prompt must reach it before it is."""
+_LEAD_S: Final = 0.002
+"""A node that has less than this to do counts as idle: its next prompt must reach it before it is. More costs
+hits, as waiting prompts are bound before it is known what will be free."""
 _MAX_REMEMBERED: Final = 1024
 _NUM_DRAWN: Final = 16
 """Of nodes that are equal, so many are drawn, and the one that took in least of them is taken."""
