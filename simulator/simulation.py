@@ -164,7 +164,7 @@ class Simulation:
             num_blocks=num_blocks,
             block_size=self._trace.block_tokens,
             max_num_seqs=self._costs.decode.max_num_seqs if is_limited else 2**31,
-            transfer_address=node_id if role is Role.DECODE else "",
+            transfer_address=node_id,
         )
         self._tell(NodeAttached(description))
 
