@@ -8,6 +8,7 @@ be performed in order. The parts: `ledger` (who holds what), `lifecycle` (how re
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from random import Random
 
@@ -24,6 +25,7 @@ from kvrelay.router.events import (
     DeliverFailed,
     Effect,
     Event,
+    LookDue,
     NodeAttached,
     NodeLost,
     NodeReported,
@@ -67,6 +69,8 @@ class RouterCore:
         self.router_epoch = router_epoch
         self._policy = policy
         self._rng = rng
+        self.look_again_s = math.inf
+        """When a `LookDue` may start a queued request; infinite: nothing but another event can."""
         self._cluster = ClusterState(config, kv)
         self._ledger = Ledger()
         self._queue = AdmissionQueue(config)
@@ -91,6 +95,8 @@ class RouterCore:
                 self._on_request_satisfied(event, now_s)
             case SessionClosed():
                 self._on_session_closed(event, now_s)
+            case LookDue():
+                self._life.has_news_for_queue = True
             case NodeAttached():
                 self._on_node_attached(event, now_s)
             case NodeLost():
@@ -265,9 +271,11 @@ class RouterCore:
     def _place_queued(self, now_s: float) -> None:
         """Start what the policy picks, until it picks nothing more."""
         self._life.has_news_for_queue = False
+        self.look_again_s = math.inf
         for model in list(self._queue.waiting):
             while self._place_one(model, now_s):
                 pass
+            self.look_again_s = min(self.look_again_s, self._policy.look_again_s)
 
     def _place_one(self, model: str, now_s: float) -> bool:
         entries = self._queue.waiting.get(model)

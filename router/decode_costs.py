@@ -23,9 +23,9 @@ _STEP_PRIOR: Final = (0.0065, 2e-5, 4e-8)
 """Seconds: of a step, of a sequence in it, of a token of context. An 8B model on one H100, roughly."""
 _HANDOFF_PRIOR: Final = (0.003, 3e-7)
 """Seconds: of a handoff, of a token that is sent. NVLink, roughly."""
-_MEMORY: Final = 0.9
-_FACTOR_PRIOR: Final = 3.0
-"""A factor is 1 until about so many observations speak against it."""
+_MEMORY: Final = 0.97
+_FACTOR_PRIOR: Final = 1.0
+"""Observations that the first guess, a factor of 1, weighs as much as."""
 _MAX_STEP: Final = 4.0
 """One observation tells of at most so many times what was expected: a stall is no slow node."""
 _MAX_FACTOR: Final = 1000.0

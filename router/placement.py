@@ -6,6 +6,7 @@ with every term of its score, so that a decision can be asked about afterwards.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -139,6 +140,12 @@ class PlacementPolicy(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def look_again_s(self) -> float:
+        """When `pick`, which has just picked nothing, may pick something though nothing happened but that
+        time passed; infinite: it is enough to ask when something changed."""
+        ...
+
     def pick(self, waiting: WaitingRequests, cluster: ClusterView, now_s: float, rng: Random) -> Pick | None:
         """One of the waiting requests of one model, oldest first, with a pair of equal fingerprints and no
         objection; None: nothing is to start now. Asked again after each placement, and whenever something
@@ -191,6 +198,8 @@ class Pick:
 
 class FirstComePolicy(ABC):
     """A `PlacementPolicy` that takes requests in order, learns nothing, and chooses the pair by `choose`."""
+
+    look_again_s: float = math.inf
 
     @property
     @abstractmethod

@@ -19,6 +19,7 @@ is Brinch Hansen's (1971). See docs/placement.md.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from itertools import islice
 from random import Random
@@ -65,6 +66,7 @@ class PrefixAware(FleetPolicy):
         self._barren_scene: tuple[PrefillFleet, int, RequestId, bytes] | None = None
         """Who waited and which nodes were idle when nothing could be placed; good until `_barren_until_s`."""
         self._barren_until_s = 0.0
+        self.look_again_s = math.inf
 
     @property
     def name(self) -> str:
@@ -97,18 +99,24 @@ class PrefixAware(FleetPolicy):
 
     def pick(self, waiting: WaitingRequests, cluster: ClusterView, now_s: float, rng: Random) -> Pick | None:
         """See `PlacementPolicy.pick`, and the module."""
+        self.look_again_s = math.inf
         first = next(iter(waiting), None)
         if first is None:
             return None
         considered: list[PlacementRequest] = []
+        look_s = math.inf
         for prefill, decode in self.fleets(first.model):
             backlog_s = prefill.backlog_s(now_s)
-            if backlog_s.min() > prefill.longest_lead_s:
+            busy_s = float(backlog_s.min()) - prefill.longest_lead_s
+            if busy_s > 0.0:
+                look_s = min(look_s, now_s + busy_s)
                 continue
             considered = considered or list(islice(waiting, _MAX_CONSIDERED))
             picked = self._pick_in(prefill, decode, considered, backlog_s, len(waiting), now_s, rng)
             if picked is not None:
                 return picked
+            look_s = min(look_s, self._barren_until_s)
+        self.look_again_s = look_s
         return None
 
     def _pick_in(

@@ -30,6 +30,10 @@ class PullPlans:
     def name(self) -> str:
         return self._policy.name
 
+    @property
+    def look_again_s(self) -> float:
+        return self._policy.look_again_s
+
     def pick(self, waiting: WaitingRequests, cluster: ClusterView, now_s: float, rng: Random) -> Pick | None:
         return self._policy.pick(waiting, cluster, now_s, rng)
 
