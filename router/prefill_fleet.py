@@ -135,8 +135,10 @@ class PrefillFleet:
     def backlog_s(self, now_s: float) -> Floats:
         """Seconds until each node would start what is sent to it now; infinite where none takes any. One
         that takes longer than expected is taken to need as much more as expectations are off by."""
+        expected_s = self._end_s - now_s
         overrun_s = self.costs.relative_error * self._pending_s
-        left: Floats = np.where(self.num_pending > 0, np.maximum(self._end_s - now_s, overrun_s), 0.0)
+        left: Floats = np.where(expected_s > 0.0, expected_s, overrun_s)
+        left[self.num_pending == 0] = 0.0
         if self._foreign_tokens.any():
             left = left + self._foreign_tokens * self.costs.token_seconds
         left[~self.is_open] = np.inf

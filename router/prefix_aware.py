@@ -50,6 +50,8 @@ _MAX_CONSIDERED: Final = 64
 """Of the requests that wait, so many of the oldest are looked at."""
 _OPTIONS_AGE_S: Final = 1.0
 """What caches hold for a waiting request is looked up again after this, and always before it is placed."""
+_MIN_PAUSE_S: Final = 0.0005
+"""Before a node is looked at again, so that rounding can't make it no pause at all."""
 _MAX_REMEMBERED: Final = 1024
 
 
@@ -109,7 +111,7 @@ class PrefixAware(FleetPolicy):
             backlog_s = prefill.backlog_s(now_s)
             busy_s = float(backlog_s.min()) - prefill.longest_lead_s
             if busy_s > 0.0:
-                look_s = min(look_s, now_s + busy_s)
+                look_s = min(look_s, now_s + max(busy_s, _MIN_PAUSE_S))
                 continue
             considered = considered or list(islice(waiting, _MAX_CONSIDERED))
             picked = self._pick_in(prefill, decode, considered, backlog_s, len(waiting), now_s, rng)
@@ -177,7 +179,7 @@ class PrefixAware(FleetPolicy):
         if not np.isfinite(work_s):
             return
         at.backlog_s[slot] += work_s
-        until_s = at.now_s + min(wait_s, _OPTIONS_AGE_S)
+        until_s = at.now_s + min(max(wait_s, _MIN_PAUSE_S), _OPTIONS_AGE_S)
         self._parked[request.request_id] = at.prefill, slot, until_s, work_s
         self._barren_until_s = min(self._barren_until_s, until_s)
         if len(self._parked) > _MAX_REMEMBERED:
