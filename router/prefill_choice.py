@@ -28,6 +28,7 @@ class Moment:
 
     prefill: PrefillFleet
     backlog_s: Floats
+    has_idle: bool
     weight: float
     num_waiting: int
     now_s: float

@@ -138,7 +138,7 @@ class PrefixAware(FleetPolicy):
             return None
         num_queued = num_waiting + int(np.maximum(prefill.num_pending - 1, 0).sum()) - int(is_idle.sum())
         weight = self._congestion.weight(max(0, num_queued), prefill.slots.num_nodes)
-        at = Moment(prefill, backlog_s, weight, num_waiting, now_s, rng)
+        at = Moment(prefill, backlog_s, bool(is_idle.any()), weight, num_waiting, now_s, rng)
         self._barren_until_s, self._barren_scene = now_s + _OPTIONS_AGE_S, scene
         for request in self._ranked(considered, prefill, now_s):
             if self._is_parked(request, at):
@@ -155,7 +155,7 @@ class PrefixAware(FleetPolicy):
                 slot = found
             wait_s = float(backlog_s[slot]) - prefill.lead_for(options.work_s[slot])
             if wait_s > 0.0 and num_waiting <= _MAX_CONSIDERED:
-                self._park(request, slot, wait_s, float(options.work_s[slot]), at)
+                self._wait(request, slot, wait_s, float(options.work_s[slot]), at)
                 continue
             self._barren_scene = None
             prefill_node = prefill.slots.node(slot).description.node_id
@@ -166,7 +166,7 @@ class PrefixAware(FleetPolicy):
     def _is_parked(self, request: PlacementRequest, at: Moment) -> bool:
         """Whether it goes on waiting for a busy node."""
         parked = self._parked.get(request.request_id)
-        if parked is None or at.num_waiting > _MAX_CONSIDERED:
+        if parked is None or not at.has_idle or at.num_waiting > _MAX_CONSIDERED:
             return False
         fleet, slot, until_s, work_s = parked
         if fleet is not at.prefill or at.now_s >= until_s:
@@ -174,14 +174,15 @@ class PrefixAware(FleetPolicy):
         at.backlog_s[slot] += work_s
         return True
 
-    def _park(self, request: PlacementRequest, slot: int, wait_s: float, work_s: float, at: Moment) -> None:
-        """It waits for a busy node: no need to look at it again before that one is expected to take it."""
-        if not np.isfinite(work_s):
+    def _wait(self, request: PlacementRequest, slot: int, wait_s: float, work_s: float, at: Moment) -> None:
+        """It would rather wait for a busy node. Chosen instead of an idle one, that is not looked at again
+        before the node is expected to take it."""
+        until_s = at.now_s + min(max(wait_s, _MIN_PAUSE_S), _OPTIONS_AGE_S)
+        self._barren_until_s = min(self._barren_until_s, until_s)
+        if not at.has_idle or not np.isfinite(work_s):
             return
         at.backlog_s[slot] += work_s
-        until_s = at.now_s + min(max(wait_s, _MIN_PAUSE_S), _OPTIONS_AGE_S)
         self._parked[request.request_id] = at.prefill, slot, until_s, work_s
-        self._barren_until_s = min(self._barren_until_s, until_s)
         if len(self._parked) > _MAX_REMEMBERED:
             self._parked.popitem(last=False)
 
