@@ -68,12 +68,14 @@ def wait_for_file(path: Path, process: subprocess.Popen[bytes], log_file: Path) 
 
 @contextmanager
 def running_cluster(
-    num_prefill: int, num_decode: int, node_args: Sequence[str]
+    num_prefill: int, num_decode: int, node_args: Sequence[str], router_args: Sequence[str] = ()
 ) -> Iterator[tuple[str, list[LocalService]]]:
     """Router and nodes; yields the router's gRPC address and all services, the router first."""
     with ExitStack() as stack:
         router = stack.enter_context(
-            running_service("router", ["--host", "127.0.0.1", "--port", "0", "--http-port", "0"])
+            running_service(
+                "router", ["--host", "127.0.0.1", "--port", "0", "--http-port", "0", *router_args]
+            )
         )
         address = router.ready["grpc_address"]
         services = [router]

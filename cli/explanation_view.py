@@ -6,10 +6,11 @@ from dataclasses import asdict
 from typing import Final
 
 from kvrelay.cli.answer_report import format_bytes, format_ms
+from kvrelay.cli.explanation_terms import comparison_rows, meaning_lines
 from kvrelay.cli.faults import printable
 from kvrelay.cli.status_view import format_duration
 from kvrelay.cli.text_table import aligned_lines
-from kvrelay.core.explanation import Candidate, Explanation, MeasuredRequest
+from kvrelay.core.explanation import Candidate, Decision, Explanation, MeasuredRequest
 from kvrelay.core.node_messages import Role
 
 _NOT_YET: Final = "not yet"
@@ -44,6 +45,7 @@ def outcome_lines(explanation: Explanation) -> list[str]:
     attempts = "" if measured.num_attempts <= 1 else f" (attempt {measured.num_attempts})"
     rows = {
         "placement": f"{decision.prefill_node} -> {decision.decode_node}{attempts}",
+        "pull": _pull(decision),
         "TTFT": _ttft(explanation),
         "prefill": _prefill(measured),
         "KV moved": _kv_moved(measured),
@@ -53,7 +55,7 @@ def outcome_lines(explanation: Explanation) -> list[str]:
         # Of a request that goes on or went well it tells why there was more than one attempt.
         name = "error" if measured.state == "failed" else "last error"
         rows[name] = f"{measured.error_code}: {printable(measured.error_message)}"
-    return [f"{name:<10} {text}" for name, text in rows.items()]
+    return [f"{name:<10} {text}" for name, text in rows.items() if text]
 
 
 def plain_text(explanation: Explanation) -> str:
@@ -61,6 +63,8 @@ def plain_text(explanation: Explanation) -> str:
     lines = [headline(explanation), ""]
     for role in Role:
         lines += [*aligned_lines(candidate_rows(explanation, role)), ""]
+    for section in (meaning_lines(explanation.decision), aligned_lines(comparison_rows(explanation))):
+        lines += [*section, ""] if section else []
     return "\n".join([*lines, *outcome_lines(explanation)])
 
 
@@ -70,7 +74,8 @@ def explanation_as_json(explanation: Explanation) -> dict[str, object]:
     decision["candidates"] = [
         {**asdict(candidate), "terms": dict(candidate.terms)} for candidate in explanation.decision.candidates
     ]
-    return {**asdict(explanation), "decision": decision}
+    measured = {**asdict(explanation.measured), "itl_s": explanation.measured.itl_s}
+    return {**asdict(explanation), "decision": decision, "measured": measured}
 
 
 def _candidate_row(candidate: Candidate, names: list[str], is_chosen: bool) -> tuple[str, ...]:
@@ -86,6 +91,13 @@ def _candidate_row(candidate: Candidate, names: list[str], is_chosen: bool) -> t
 
 def _number(value: float) -> str:
     return f"{value:.0f}" if value.is_integer() and abs(value) < 1e15 else f"{value:.4g}"
+
+
+def _pull(decision: Decision) -> str:
+    """Empty: there is none."""
+    if decision.pull_from is None:
+        return ""
+    return f"the first {decision.num_pull_tokens} tokens' KV from {decision.pull_from}"
 
 
 def _ttft(explanation: Explanation) -> str:

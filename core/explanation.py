@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvrelay.core.ids import NodeId, RequestId
@@ -11,7 +12,8 @@ from kvrelay.core.request import FinishReason
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One node as a decision saw it. The lowest `score` wins; it is the sum of `terms`. All are finite.
+    """One node as a decision saw it. The lowest `score` wins; it is the sum of `terms`, but for those that a
+    policy says are shown only. All are finite.
 
     `objection` says why the node was out of the question, and is empty otherwise.
     """
@@ -28,14 +30,17 @@ class Decision:
     """The pair that was chosen, and all candidates.
 
     `predicted_ttft_s` counts from the placement to the first token at the router; None: the policy predicts
-    no times.
+    no times. `pull_from` is the prefill node from which the chosen one is to take the KV of the prompt's
+    first `num_pull_tokens` tokens, as far as it has not got it; None: from nobody.
     """
 
     prefill_node: NodeId
     decode_node: NodeId
-    candidates: tuple[Candidate, ...]
+    candidates: Sequence[Candidate]
     policy: str
     predicted_ttft_s: float | None = None
+    pull_from: NodeId | None = None
+    num_pull_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +56,8 @@ class MeasuredRequest:
 
     Of the latest placement alone: `placed_ttft_s` from the placement to its first token at this router;
     `num_cached_tokens`, `prefill_queue_s` and `prefill_compute_s` as the prefill node reported them; what
-    the decode node said of the handoff once it had verified it (0 and empty before).
+    the decode node said of the handoff once it had verified it (0 and empty before); `handoff_s` from the
+    prefill's end to that, as the router saw both, and `num_held_tokens` that it had already.
     """
 
     state: str
@@ -71,6 +77,15 @@ class MeasuredRequest:
     kv_bytes: int = 0
     kv_seconds: float = 0.0
     kv_transport: str = ""
+    handoff_s: float | None = None
+    num_held_tokens: int | None = None
+
+    @property
+    def itl_s(self) -> float | None:
+        """Mean gap between two tokens of a request that has ended; None: it has not, or there were none."""
+        if self.total_s is None or self.ttft_s is None or self.num_output_tokens < 2:
+            return None
+        return (self.total_s - self.ttft_s) / (self.num_output_tokens - 1)
 
 
 @dataclass(frozen=True, slots=True)

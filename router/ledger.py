@@ -28,6 +28,7 @@ from kvrelay.core.request import FinishReason, TokenRequest
 from kvrelay.router.block_keys import PromptBlocks
 from kvrelay.router.events import SessionId
 from kvrelay.router.output_merge import NO_ATTEMPT, OutputMerge
+from kvrelay.router.placement import PlacementRequest
 
 
 class RequestState(StrEnum):
@@ -83,8 +84,8 @@ class Side:
 class RequestEntry:
     """One accepted request. `request` is as submitted, with its seed; the output lives in `merge`.
 
-    The nodes, `prefilled` and `handoff` are the latest attempt's. `last_error` is why the request failed, or
-    the last attempt that came to nothing.
+    The nodes, `prefilled`, `handoff`, when they came, and what the decode node held are the latest attempt's.
+    `last_error` is why the request failed, or the last attempt that came to nothing.
     """
 
     serial: int
@@ -100,6 +101,8 @@ class RequestEntry:
     attempt: Attempt | None = None
     continued: TokenRequest | None = None
     hashed: PromptBlocks | None = None
+    placing: PlacementRequest | None = None
+    """As the policy saw it last."""
     num_attempts: int = 0
     num_unsettled_attempts: int = 0
     queued_since_s: float = 0.0
@@ -112,6 +115,9 @@ class RequestEntry:
     decode_node: str = ""
     prefilled: PrefillFinished | None = None
     handoff: HandoffVerified | None = None
+    prefilled_s: float | None = None
+    handed_over_s: float | None = None
+    num_held_tokens: int | None = None
     finish_reason: FinishReason | None = None
 
     def move_to(self, state: RequestState) -> None:

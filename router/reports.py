@@ -6,7 +6,7 @@ current one, does the request move. That is why late reports of dead attempts ne
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from kvrelay.core.errors import (
     CallerError,
@@ -42,10 +42,19 @@ from kvrelay.router.lifecycle import Lifecycle
 _TERMINAL = (AttemptRefused, AttemptFinished, AttemptFailed, KVReleased)
 
 
-def apply_report(life: Lifecycle, node: NodeState, report: Report, now_s: float) -> None:
-    """Bring one report of `node` into the books."""
+def apply_reports(life: Lifecycle, node: NodeState, reports: Sequence[Report], now_s: float) -> None:
+    """Bring what `node` reports at one moment into the books, in order."""
+    prefilled = [report for report in reports if isinstance(report, PrefillFinished)]
+    if prefilled:
+        life.policy.note_prefilled(node, prefilled, now_s)
+    for report in reports:
+        _apply_report(life, node, report, now_s)
+
+
+def _apply_report(life: Lifecycle, node: NodeState, report: Report, now_s: float) -> None:
     if isinstance(report, DrainStarted):
         life.cluster.record_drain(node, now_s)
+        life.policy.note_draining(node)
         return
     attempt = node.in_flight.get(report.attempt)
     if attempt is None:
@@ -73,9 +82,12 @@ def _apply_progress(
     if isinstance(report, PrefillFinished):
         _apply_prefill_finished(life, node, attempt, report, now_s)
     elif isinstance(report, HandoffVerified):
+        life.policy.note_handed_over(node, report, now_s)
         attempt.is_verified = True
-        attempt.entry.handoff = report
+        attempt.entry.handoff, attempt.entry.handed_over_s = report, now_s
         _move_if_decoding(attempt)
+    else:
+        attempt.entry.num_held_tokens = report.num_cached_tokens
 
 
 def _apply_prefill_finished(
@@ -89,7 +101,7 @@ def _apply_prefill_finished(
         return
     node.record_computed(attempt.prefill)
     life.has_news_for_queue = True
-    entry.prefilled = report
+    entry.prefilled, entry.prefilled_s = report, now_s
     entry.move_to(RequestState.HANDING_OFF)
     _move_if_decoding(attempt)
     if attempt.early_finish is not None:
@@ -109,7 +121,7 @@ def _apply_terminal(
     now_s: float,
 ) -> None:
     role = node.description.role
-    life.settle(attempt, role)
+    life.settle(attempt, role, now_s)
     if isinstance(report, AttemptRefused) and not isinstance(_error_of(report), CallerError):
         node.record_refusal(now_s)
     if not attempt.is_current:
@@ -196,8 +208,9 @@ def apply_loss(life: Lifecycle, node: NodeState, reason: str, now_s: float) -> N
     life.counters.num_nodes_lost += 1
     attempts = sorted(node.in_flight.values(), key=lambda attempt: attempt.entry.serial, reverse=True)
     life.cluster.remove_node(node, now_s)
+    life.policy.note_lost(node)
     for attempt in attempts:
-        life.settle(attempt, role)
+        life.settle(attempt, role, now_s)
         if attempt.is_current and not survives_loss_of(attempt, role):
             error = NodeUnavailable(f"the {role} node {node_id} was lost: {reason}")
             life.fail_attempt(attempt, error, now_s)

@@ -324,6 +324,8 @@ MEASURED = st.builds(
     kv_bytes=UINT64,
     kv_seconds=SECONDS,
     kv_transport=words(),
+    handoff_s=st.none() | SECONDS,
+    num_held_tokens=st.none() | COUNT,
 )
 EXPLANATION = st.builds(
     Explanation,
