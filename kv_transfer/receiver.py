@@ -144,6 +144,14 @@ class Receiver:
             return
         self._feed(transfer_id, ReceiveGivenUp(error))
 
+    def refuse(self, transfer_id: TransferId) -> None:
+        """Nobody expects this transfer: its sender is told, now or when it offers it."""
+        error = TransferFailed(f"transfer {transfer_id} is not wanted any more")
+        pending = self._offers.take(transfer_id)
+        self._offers.mark_ended(transfer_id, error)
+        if pending is not None:
+            self._abort_offer(pending, error)
+
     def on_hello(self, link: IncomingLink) -> None:
         """A restarted or redialling peer replaces its old link."""
         for other in list(self._links.values()):
@@ -205,7 +213,8 @@ class Receiver:
         """Deadlines, keep-alive, quarantine."""
         self._pool.expire(now_s)
         for pending in self._offers.expire(now_s):
-            self._refuse_late(pending)
+            timeout_s = self._config.pending_offer_timeout_s
+            self._abort_offer(pending, TransferFailed(f"nobody expected the transfer within {timeout_s:g} s"))
         for transfer_id in list(self._sessions):
             self._feed(transfer_id, ReceiveTicked())
         for link in list(self._links.values()):
@@ -249,10 +258,9 @@ class Receiver:
         self._link_of[offer.transfer_id] = link
         self._handle(session, OfferMatched(offer, link.peer_fingerprint))
 
-    def _refuse_late(self, pending: PendingOffer) -> None:
+    def _abort_offer(self, pending: PendingOffer, error: KVRelayError) -> None:
         if (link := self._links.get(pending.link_id)) is not None:
-            message = f"nobody expected the transfer within {self._config.pending_offer_timeout_s:g} s"
-            link.connection.send(Abort(pending.offer.transfer_id, TransferFailed.code, message))
+            link.connection.send(Abort(pending.offer.transfer_id, error.code, error.message))
 
     def _from_sender(self, link: IncomingLink, transfer_id: TransferId, event: ReceiveEvent) -> None:
         """Frames of transfers that have ended here may still be on their way, and are ignored."""
@@ -309,7 +317,7 @@ class Receiver:
             self._node.emit(ReceiveFailed(transfer_id, effect.error))
             return
         stats = TransferStats(effect.num_bytes, effect.num_messages, effect.seconds, self._transport.name)
-        self._node.emit(ReceiveDone(transfer_id, effect.output_token_id, stats))
+        self._node.emit(ReceiveDone(transfer_id, effect.output_token_id, stats, effect.num_tokens))
 
     def _tick_link(self, link: IncomingLink, now_s: float) -> None:
         timeout_s = self._config.progress_timeout_s
