@@ -86,6 +86,11 @@ class Prefix:
         if not self.token_ids or min(self.token_ids) < 0:
             raise InvalidRequest("a prefix must hold at least one token, and no negative one")
 
+    @property
+    def max_message_bytes(self) -> int:
+        """See `TokenRequest.max_message_bytes`."""
+        return len(self.token_ids) * 5
+
 
 def check_fits_model(request: TokenRequest, *, vocab_size: int, max_model_len: int) -> None:
     """Refuse what the model cannot take, naming the field.
