@@ -45,6 +45,7 @@ def outcome_lines(explanation: Explanation) -> list[str]:
     rows = {
         "placement": f"{decision.prefill_node} -> {decision.decode_node}{attempts}",
         "TTFT": _ttft(explanation),
+        **({} if decision.pull_from is None else {"pull": _pull(explanation)}),
         "prefill": _prefill(measured),
         "KV moved": _kv_moved(measured),
         "request": _request(measured),
@@ -96,6 +97,15 @@ def _ttft(explanation: Explanation) -> str:
         for time_s in (measured.placed_ttft_s, measured.ttft_s)
     )
     return f"{predicted}; measured {placed} from this placement, {submitted} from submission"
+
+
+def _pull(explanation: Explanation) -> str:
+    decision, measured = explanation.decision, explanation.measured
+    planned = f"{decision.num_pull_tokens} tokens from {decision.pull_from}"
+    if measured.num_cached_tokens is None:
+        return f"{planned}; its node has not reported the prefill"
+    failed = f", failed with {measured.pull_error}" if measured.pull_error else ""
+    return f"{planned}; {measured.num_pulled_tokens} came in {format_ms(measured.pull_s)}{failed}"
 
 
 def _prefill(measured: MeasuredRequest) -> str:

@@ -106,6 +106,7 @@ class FleetPolicy(FirstComePolicy):
         fleet = self._prefill_with(node_id)
         if fleet is not None:
             fleet.note_computed(report, now_s)
+        self.note_pulled(node_id, report.num_pulled_tokens, report.pull_s)
 
     def note_pulled(self, node_id: NodeId, num_tokens: int, seconds: float) -> None:
         """A prefill node pulled the KV of so many tokens before it computed the rest."""

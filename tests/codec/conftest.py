@@ -215,6 +215,7 @@ RUN_REPORT = st.builds(
     kv_messages=COUNT,
     kv_seconds=SECONDS,
     kv_transport=words(),
+    num_pulled_tokens=COUNT,
 )
 ACCEPTED = st.builds(CallAccepted, words(min_size=1), st.none() | st.integers(0, 2**63 - 1))
 FINISHED = st.builds(CallFinished, st.sampled_from(FinishReason), RUN_REPORT)
@@ -339,6 +340,9 @@ MEASURED = st.builds(
     kv_bytes=UINT64,
     kv_seconds=SECONDS,
     kv_transport=words(),
+    num_pulled_tokens=COUNT,
+    pull_s=SECONDS,
+    pull_error=words(),
 )
 EXPLANATION = st.builds(
     Explanation,
@@ -352,6 +356,8 @@ EXPLANATION = st.builds(
         some(CANDIDATE).map(tuple),
         words(),
         st.none() | SECONDS,
+        st.none() | words(min_size=1),
+        COUNT,
     ),
     MEASURED,
     words(),

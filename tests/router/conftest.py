@@ -24,7 +24,9 @@ from kvrelay.core.node_messages import (
     ReserveDecode,
     Role,
     SendKVSnapshot,
+    SendPrefix,
     StartPrefill,
+    StopPull,
     TokenBatch,
 )
 from kvrelay.core.request import FinishReason, TokenRequest
@@ -49,6 +51,7 @@ from kvrelay.router.events import (
     Ticked,
 )
 from kvrelay.router.least_loaded import LeastLoaded
+from kvrelay.router.placement import PlacementPolicy
 
 FINGERPRINT = KVFingerprint("tiny", "float32", 2, 1, 4, "rope")
 
@@ -77,7 +80,7 @@ def describe_node(node_id: str, **changes: object) -> NodeDescription:
 class Transcript:
     """Drives one core on a clock that the test sets."""
 
-    def __init__(self, **config: object) -> None:
+    def __init__(self, policy: PlacementPolicy | None = None, **config: object) -> None:
         defaults: dict[str, object] = {
             "growth_tokens": 8,
             "max_early_tokens": 4,
@@ -85,7 +88,7 @@ class Transcript:
             "retry_pause_s": 0.2,
         }
         self.config = RouterCoreConfig(**(defaults | config))  # type: ignore[arg-type]
-        self.core = RouterCore(self.config, 7, LeastLoaded(), Random(1))
+        self.core = RouterCore(self.config, 7, policy or LeastLoaded(), Random(1))
         self.now_s = 0.0
         self.checks_invariants = True
         self.effects: list[Effect] = []
@@ -207,8 +210,13 @@ class Transcript:
 
 def _command(effect: SendCommand) -> str:
     match effect.command:
-        case StartPrefill(attempt, request, address):
-            return f"prefill {attempt} {list(request.token_ids)} to {address}"
+        case StartPrefill(attempt, request, address, pull):
+            pulled = f", {pull.num_tokens} tokens as {pull.attempt}" if pull else ""
+            return f"prefill {attempt} {list(request.token_ids)} to {address}{pulled}"
+        case SendPrefix(attempt, prefix, address):
+            return f"send {attempt} {list(prefix.token_ids)} to {address}"
+        case StopPull(attempt):
+            return f"stop pull {attempt}"
         case ReserveDecode(attempt, request):
             return f"reserve {attempt} {list(request.token_ids)}"
         case ReleaseKV(attempt):

@@ -41,9 +41,10 @@ from kvrelay.router.events import (
     SessionId,
     Ticked,
 )
-from kvrelay.router.least_loaded import LeastLoaded
+from tests.router.pulling_policy import PullsAtRandom
 
-from .fake_node import CONTEXT_TOKENS, EOS, FakeNode, right_answer
+from .fake_model import CONTEXT_TOKENS, EOS, right_answer
+from .fake_node import FakeNode
 
 NUM_SEEDS = 80
 FINGERPRINT = KVFingerprint("m", "float32", 1, 1, 4, "rope")
@@ -73,6 +74,8 @@ class World:
         self.todo: list[tuple[float, int, Callable[[], None]]] = []
         self.clients: dict[tuple[int, int], Client] = {}
         self.num_steady_steps = 0
+        self.num_pulls = 0
+        self.num_pulls_done = 0
         self.num_satisfied = 0
         self.num_explained = 0
         rate = self.rng.choice([0.0, 0.02, 0.1])
@@ -81,7 +84,7 @@ class World:
             growth_tokens=8, max_early_tokens=64, max_attempts=6, node_wait_s=3.0, queue_timeout_s=20.0,
             max_queued_requests=self.rng.choice([4, 100]), max_prefill_tokens_per_node=64,
         )  # fmt: skip
-        self.core = RouterCore(config, seed, LeastLoaded(), Random(seed))
+        self.core = RouterCore(config, seed, PullsAtRandom(), Random(seed))
         self.nodes = {
             name: FakeNode(self, self._describe(name))
             for name in ["p0", "p1", "p2"][: self.rng.randint(1, 3)]
@@ -197,7 +200,7 @@ class World:
         self.after(self.rng.uniform(0.0, 1.5), node.attach)
 
     def _leave_when_done(self, node: FakeNode) -> None:
-        if node.held:
+        if node.held or node.sends.prefixes:
             node.later(lambda: self._leave_when_done(node))
             return
         node.go_down("drained", says_so=True)
@@ -269,6 +272,7 @@ def check_end(world: World) -> None:
     unended = [key for key, client in world.clients.items() if not client.end]
     assert not unended, f"requests without an end: {unended}"
     assert {node.node_id: node.held for node in world.nodes.values() if node.held} == {}
+    assert not any(node.sends.prefixes for node in world.nodes.values())
     status = world.core.status(world.now_s)
     assert not any(status.num_requests_by_state.values())
     assert status.num_unsettled_attempts == status.num_sessions == 0
@@ -325,6 +329,9 @@ def test_the_simulation_meets_continuations_losses_refusals_steady_steps_and_sat
     assert sum(world.num_steady_steps for world in worlds) > 500
     assert sum(world.num_satisfied for world in worlds) > 20
     assert sum(world.num_explained for world in worlds) > 100
+    assert sum(world.num_pulls for world in worlds) > 50
+    assert sum(world.num_pulls_done for world in worlds) > 30
+    assert sum(found.num_pulled_tokens for found in counters) > 200
     assert sum(found.num_kv_events for found in counters) > 500
     assert sum(found.num_kv_gaps for found in counters) > 20
     assert sum(world.core.status(0.0).index.num_entries for world in worlds) > 100
