@@ -41,6 +41,7 @@ from kvrelay.router.events import (
     SessionId,
     Ticked,
 )
+from kvrelay.router.least_loaded import LeastLoaded
 from tests.router.pulling_policy import PullsAtRandom
 
 from .fake_model import CONTEXT_TOKENS, EOS, right_answer
@@ -84,7 +85,7 @@ class World:
             growth_tokens=8, max_early_tokens=64, max_attempts=6, node_wait_s=3.0, queue_timeout_s=20.0,
             max_queued_requests=self.rng.choice([4, 100]), max_prefill_tokens_per_node=64,
         )  # fmt: skip
-        self.core = RouterCore(config, seed, PullsAtRandom(), Random(seed))
+        self.core = RouterCore(config, seed, PullsAtRandom(LeastLoaded()), Random(seed))
         self.nodes = {
             name: FakeNode(self, self._describe(name))
             for name in ["p0", "p1", "p2"][: self.rng.randint(1, 3)]
