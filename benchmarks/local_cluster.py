@@ -31,16 +31,22 @@ class LocalService:
 
 @contextmanager
 def running_service(
-    role: str, args: Sequence[str], *, env: Mapping[str, str] | None = None, log_folder: Path | None = None
+    role: str,
+    args: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    log_folder: Path | None = None,
+    module: str = "kvrelay.cli",
 ) -> Iterator[LocalService]:
-    """`kvrelay <role> <args>` until the block ends, its log in ``log_folder/role.log`` if that is wanted.
+    """`kvrelay <role> <args>` until the block ends, its log in ``log_folder/role.log`` if that is wanted;
+    `module` may be another than kvrelay's command line.
 
     Raises:
         StartFailed: it ended, or was not ready within `START_TIMEOUT_S`.
     """
     with tempfile.TemporaryDirectory() as folder:
         ready_file, log_file = Path(folder) / "ready.json", (log_folder or Path(folder)) / f"{role}.log"
-        command = [sys.executable, "-m", "kvrelay.cli", role, *args, "--ready-file", str(ready_file)]
+        command = [sys.executable, "-m", module, role, *args, "--ready-file", str(ready_file)]
         with log_file.open("wb") as log:
             process = subprocess.Popen(
                 command, env={**os.environ, **(env or {})}, stdout=log, stderr=log, stdin=subprocess.DEVNULL
@@ -68,15 +74,17 @@ def wait_for_file(path: Path, process: subprocess.Popen[bytes], log_file: Path) 
 
 @contextmanager
 def running_cluster(
-    num_prefill: int, num_decode: int, node_args: Sequence[str], router_args: Sequence[str] = ()
+    num_prefill: int,
+    num_decode: int,
+    node_args: Sequence[str],
+    more_router_args: Sequence[str] = (),
+    *,
+    router_module: str = "kvrelay.cli",
 ) -> Iterator[tuple[str, list[LocalService]]]:
     """Router and nodes; yields the router's gRPC address and all services, the router first."""
+    router_args = ["--host", "127.0.0.1", "--port", "0", "--http-port", "0", *more_router_args]
     with ExitStack() as stack:
-        router = stack.enter_context(
-            running_service(
-                "router", ["--host", "127.0.0.1", "--port", "0", "--http-port", "0", *router_args]
-            )
-        )
+        router = stack.enter_context(running_service("router", router_args, module=router_module))
         address = router.ready["grpc_address"]
         services = [router]
         for role, count in (("prefill", num_prefill), ("decode", num_decode)):

@@ -17,6 +17,7 @@ BENCHMARKS = (
     "engine_vs_transformers",
     "cluster_overhead",
     "kv_transfer",
+    "prefix_pull",
     "router_session",
     "client_stream",
     "proxy_streams",

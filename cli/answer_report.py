@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from kvrelay.core.cluster_view import ClusterState
+from kvrelay.core.request_report import RequestReport
 
 if TYPE_CHECKING:
     from kvrelay.client import GenerationResult
@@ -29,7 +30,7 @@ def summary_lines(result: GenerationResult, state: ClusterState | None = None) -
     attempts = "" if report.num_attempts <= 1 else f" (attempt {report.num_attempts})"
     rows = {
         "placement": f"{_place(report.prefill_node, state)} -> {_place(report.decode_node, state)}{attempts}",
-        "prompt": f"{report.num_prompt_tokens} tokens, {report.num_cached_tokens} of them cached",
+        "prompt": _prompt(report),
         "output": f"{report.num_output_tokens} tokens, finished by {result.finish_reason.value}",
         "timing": _timing(result),
         "KV moved": _kv_moved(result),
@@ -51,6 +52,11 @@ def result_as_json(result: GenerationResult) -> dict[str, object]:
         "itl_s": list(result.itl_s),
         "num_continuations": result.num_continuations,
     }
+
+
+def _prompt(report: RequestReport) -> str:
+    pulled = f", {report.num_pulled_tokens} of these from another node" if report.num_pulled_tokens else ""
+    return f"{report.num_prompt_tokens} tokens, {report.num_cached_tokens} of them cached{pulled}"
 
 
 def _place(node_id: str, state: ClusterState | None) -> str:

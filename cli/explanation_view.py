@@ -10,7 +10,7 @@ from kvrelay.cli.explanation_terms import comparison_rows, meaning_lines
 from kvrelay.cli.faults import printable
 from kvrelay.cli.status_view import format_duration
 from kvrelay.cli.text_table import aligned_lines
-from kvrelay.core.explanation import Candidate, Decision, Explanation, MeasuredRequest
+from kvrelay.core.explanation import Candidate, Explanation, MeasuredRequest
 from kvrelay.core.node_messages import Role
 
 _NOT_YET: Final = "not yet"
@@ -45,7 +45,7 @@ def outcome_lines(explanation: Explanation) -> list[str]:
     attempts = "" if measured.num_attempts <= 1 else f" (attempt {measured.num_attempts})"
     rows = {
         "placement": f"{decision.prefill_node} -> {decision.decode_node}{attempts}",
-        "pull": _pull(decision),
+        "pull": _pull(explanation),
         "TTFT": _ttft(explanation),
         "prefill": _prefill(measured),
         "KV moved": _kv_moved(measured),
@@ -93,13 +93,6 @@ def _number(value: float) -> str:
     return f"{value:.0f}" if value.is_integer() and abs(value) < 1e15 else f"{value:.4g}"
 
 
-def _pull(decision: Decision) -> str:
-    """Empty: there is none."""
-    if decision.pull_from is None:
-        return ""
-    return f"the first {decision.num_pull_tokens} tokens' KV from {decision.pull_from}"
-
-
 def _ttft(explanation: Explanation) -> str:
     predicted_s, measured = explanation.decision.predicted_ttft_s, explanation.measured
     predicted = "not predicted" if predicted_s is None else f"predicted {format_ms(predicted_s)}"
@@ -108,6 +101,18 @@ def _ttft(explanation: Explanation) -> str:
         for time_s in (measured.placed_ttft_s, measured.ttft_s)
     )
     return f"{predicted}; measured {placed} from this placement, {submitted} from submission"
+
+
+def _pull(explanation: Explanation) -> str:
+    """Empty: there is none."""
+    decision, measured = explanation.decision, explanation.measured
+    if decision.pull_from is None:
+        return ""
+    planned = f"the first {decision.num_pull_tokens} tokens' KV from {decision.pull_from}"
+    if measured.num_cached_tokens is None:
+        return f"{planned}; its node has not reported the prefill"
+    failed = f", failed with {measured.pull_error}" if measured.pull_error else ""
+    return f"{planned}; {measured.num_pulled_tokens} came in {format_ms(measured.pull_s)}{failed}"
 
 
 def _prefill(measured: MeasuredRequest) -> str:

@@ -1,4 +1,5 @@
-"""The frames of `Attach`, both ways. Hello and welcome, reports, tokens and KV events have own files."""
+"""The frames of `Attach`, both ways. Hello and welcome, commands, reports, tokens and KV
+events have own files."""
 
 from __future__ import annotations
 
@@ -6,10 +7,15 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Final
 
-from kvrelay.codec.bounds import MAX_CACHE_SALT_BYTES, length, text, token_ids, whole
+from kvrelay.codec.bounds import whole
+from kvrelay.codec.commands import (
+    decode_command,
+    decode_token_request,
+    encode_command,
+    encode_token_request,
+)
 from kvrelay.codec.kv_event import decode_kv_event, encode_kv_event
 from kvrelay.codec.node_hello import (
-    MAX_NAME_CHARS,
     decode_digest,
     decode_hello,
     decode_welcome,
@@ -17,7 +23,6 @@ from kvrelay.codec.node_hello import (
     encode_welcome,
 )
 from kvrelay.codec.reports import decode_report, encode_report
-from kvrelay.codec.sampling import decode_sampling, encode_sampling
 from kvrelay.codec.token_batch import (
     TokenBatchDecoder,
     TokenBatchEncoder,
@@ -25,19 +30,7 @@ from kvrelay.codec.token_batch import (
     encode_token_batch,
 )
 from kvrelay.core.errors import InvalidRequest
-from kvrelay.core.ids import AttemptId
-from kvrelay.core.node_messages import (
-    Command,
-    NodeFrame,
-    NodeLoad,
-    ReleaseKV,
-    ReserveDecode,
-    RouterFrame,
-    SendKVSnapshot,
-    StartPrefill,
-    TokenBatch,
-)
-from kvrelay.core.request import TokenRequest
+from kvrelay.core.node_messages import NodeFrame, NodeLoad, RouterFrame, TokenBatch
 from kvrelay.core.tokenizer_chunk import MAX_TOKENIZER_BYTES, TokenizerChunk
 from kvrelay.v1 import cluster_pb2, common_pb2
 
@@ -142,7 +135,7 @@ def decode_tokenizer_chunk(pb: common_pb2.TokenizerChunk) -> TokenizerChunk:
 
 def encode_router_frame(frame: RouterFrame) -> cluster_pb2.RouterFrame:
     """Any frame but the first."""
-    return cluster_pb2.RouterFrame(commands=[_encode_command(command) for command in frame.commands])
+    return cluster_pb2.RouterFrame(commands=[encode_command(command) for command in frame.commands])
 
 
 def decode_router_frame(pb: cluster_pb2.RouterFrame) -> RouterFrame:
@@ -153,67 +146,4 @@ def decode_router_frame(pb: cluster_pb2.RouterFrame) -> RouterFrame:
     """
     if pb.HasField("welcome"):
         raise InvalidRequest("welcome came again", field="welcome")
-    return RouterFrame(tuple(_decode_command(command) for command in pb.commands))
-
-
-def _encode_command(command: Command) -> cluster_pb2.Command:
-    match command:
-        case StartPrefill(attempt, request, decode_address):
-            start = cluster_pb2.StartPrefill(
-                request=encode_token_request(request), decode_address=decode_address
-            )
-            return cluster_pb2.Command(attempt=attempt, start_prefill=start)
-        case ReserveDecode(attempt, request):
-            reserve = cluster_pb2.ReserveDecode(request=encode_token_request(request))
-            return cluster_pb2.Command(attempt=attempt, reserve_decode=reserve)
-        case ReleaseKV(attempt):
-            return cluster_pb2.Command(attempt=attempt, release_kv=cluster_pb2.ReleaseKV())
-        case SendKVSnapshot():
-            return cluster_pb2.Command(send_kv_snapshot=cluster_pb2.SendKVSnapshot())
-
-
-def _decode_command(pb: cluster_pb2.Command) -> Command:
-    kind = pb.WhichOneof("kind")
-    if kind == "send_kv_snapshot":
-        return SendKVSnapshot()
-    if pb.attempt == 0:
-        raise InvalidRequest("commands.attempt must be at least 1", field="commands.attempt")
-    attempt = AttemptId(pb.attempt)
-    if kind == "start_prefill":
-        return _decode_start_prefill(attempt, pb.start_prefill)
-    if kind == "reserve_decode":
-        return ReserveDecode(attempt, decode_token_request(pb.reserve_decode.request))
-    if kind == "release_kv":
-        return ReleaseKV(attempt)
-    raise InvalidRequest("commands.kind is missing or unknown", field="commands.kind")
-
-
-def _decode_start_prefill(attempt: AttemptId, pb: cluster_pb2.StartPrefill) -> StartPrefill:
-    field = "commands.start_prefill.decode_address"
-    address = text(pb.decode_address, field, MAX_NAME_CHARS, is_required=True)
-    return StartPrefill(attempt, decode_token_request(pb.request), address)
-
-
-def encode_token_request(request: TokenRequest) -> cluster_pb2.TokenRequest:
-    """A request as nodes get it."""
-    return cluster_pb2.TokenRequest(
-        token_ids=request.token_ids,
-        num_prompt_tokens=request.num_prompt_tokens,
-        sampling=encode_sampling(request.sampling),
-        cache_salt=request.cache_salt,
-    )
-
-
-def decode_token_request(pb: cluster_pb2.TokenRequest) -> TokenRequest:
-    """A request as nodes get it.
-
-    Raises:
-        InvalidRequest: a field is out of range.
-    """
-    length(len(pb.cache_salt), "cache_salt", MAX_CACHE_SALT_BYTES)
-    return TokenRequest(
-        token_ids=token_ids(pb.token_ids, "prompt_token_ids"),
-        num_prompt_tokens=pb.num_prompt_tokens,
-        sampling=decode_sampling(pb.sampling),
-        cache_salt=pb.cache_salt,
-    )
+    return RouterFrame(tuple(decode_command(command) for command in pb.commands))

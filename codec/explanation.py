@@ -55,6 +55,8 @@ def _encode_decision(decision: Decision) -> router_pb2.Decision:
         prefill_node=decision.prefill_node,
         decode_node=decision.decode_node,
         predicted_ttft_s=decision.predicted_ttft_s,
+        pull_from=decision.pull_from or "",
+        num_pull_tokens=decision.num_pull_tokens,
         candidates=[
             router_pb2.Candidate(
                 node_id=candidate.node_id,
@@ -76,6 +78,8 @@ def _decode_decision(pb: router_pb2.Decision) -> Decision:
         candidates=tuple(_decode_candidate(candidate) for candidate in pb.candidates),
         policy=text(pb.policy, "decision.policy", MAX_NAME_CHARS),
         predicted_ttft_s=_optional_seconds(pb, "predicted_ttft_s", "decision"),
+        pull_from=_decode_node_id(pb.pull_from, "decision.pull_from") if pb.pull_from else None,
+        num_pull_tokens=pb.num_pull_tokens,
     )
 
 
@@ -121,6 +125,9 @@ def _encode_measured(measured: MeasuredRequest) -> router_pb2.MeasuredRequest:
         kv_transport=measured.kv_transport,
         handoff_s=measured.handoff_s,
         num_held_tokens=measured.num_held_tokens,
+        num_pulled_tokens=measured.num_pulled_tokens,
+        pull_s=measured.pull_s,
+        pull_error=measured.pull_error,
     )
 
 
@@ -152,6 +159,9 @@ def _decode_measured(pb: router_pb2.MeasuredRequest) -> MeasuredRequest:
         kv_bytes=pb.kv_bytes,
         kv_seconds=seconds(pb.kv_seconds, "measured.kv_seconds"),
         kv_transport=text(pb.kv_transport, "measured.kv_transport", MAX_NAME_CHARS),
+        num_pulled_tokens=pb.num_pulled_tokens,
+        pull_s=seconds(pb.pull_s, "measured.pull_s"),
+        pull_error=text(pb.pull_error, "measured.pull_error", MAX_NAME_CHARS),
         **times,
     )
 

@@ -130,6 +130,7 @@ def encode_report(report: RequestReport) -> router_pb2.RequestReport:
         kv_messages=report.kv_messages,
         kv_seconds=report.kv_seconds,
         kv_transport=report.kv_transport,
+        num_pulled_tokens=report.num_pulled_tokens,
     )
 
 
@@ -152,6 +153,7 @@ def decode_report(pb: router_pb2.RequestReport) -> RequestReport:
         num_cached_tokens=pb.num_cached_tokens,
         kv_bytes=pb.kv_bytes,
         kv_messages=pb.kv_messages,
+        num_pulled_tokens=pb.num_pulled_tokens,
     )
 
 

@@ -40,6 +40,9 @@ def encode_report(report: Report) -> cluster_pb2.Report:
                 num_cached_tokens=report.num_cached_tokens,
                 queue_s=report.queue_s,
                 compute_s=report.compute_s,
+                num_pulled_tokens=report.num_pulled_tokens,
+                pull_s=report.pull_s,
+                pull_error=report.pull_error,
             )
             return cluster_pb2.Report(attempt=report.attempt, prefill_finished=finished)
         case HandoffVerified():
@@ -93,6 +96,9 @@ def _prefill_finished(attempt: AttemptId, pb: cluster_pb2.PrefillFinished) -> Re
         num_cached_tokens=pb.num_cached_tokens,
         queue_s=seconds(pb.queue_s, "reports.prefill_finished.queue_s"),
         compute_s=seconds(pb.compute_s, "reports.prefill_finished.compute_s"),
+        num_pulled_tokens=pb.num_pulled_tokens,
+        pull_s=seconds(pb.pull_s, "reports.prefill_finished.pull_s"),
+        pull_error=text(pb.pull_error, "reports.prefill_finished.pull_error", MAX_CODE_CHARS),
     )
 
 

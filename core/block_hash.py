@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import NewType
 
@@ -54,3 +55,15 @@ def block_key(block_hash: BlockHash) -> int:
 def sequence_digest(token_ids: Sequence[int], root: BlockHash) -> BlockHash:
     """One hash over a whole token sequence: a handoff carries it to prove that both nodes mean one prompt."""
     return next_block_hash(root, token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class DigestedTokens:
+    """Tokens of which somebody may turn out to have the first ones only. `root` as in `root_hash`."""
+
+    token_ids: tuple[int, ...]
+    root: BlockHash
+
+    def digest(self, num_tokens: int) -> BlockHash:
+        """`sequence_digest` of the first `num_tokens`."""
+        return sequence_digest(self.token_ids[:num_tokens], self.root)

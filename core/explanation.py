@@ -30,8 +30,8 @@ class Decision:
     """The pair that was chosen, and all candidates.
 
     `predicted_ttft_s` counts from the placement to the first token at the router; None: the policy predicts
-    no times. `pull_from` is the prefill node from which the chosen one is to take the KV of the prompt's
-    first `num_pull_tokens` tokens, as far as it has not got it; None: from nobody.
+    no times. `pull_from` is the node, of either role, from which the chosen prefill node is to take the KV of
+    the prompt's first `num_pull_tokens` tokens, as far as it has not got it; None: from nobody.
     """
 
     prefill_node: NodeId
@@ -55,9 +55,10 @@ class MeasuredRequest:
     why it failed or, else, why its last attempt that came to nothing did; empty if none did.
 
     Of the latest placement alone: `placed_ttft_s` from the placement to its first token at this router;
-    `num_cached_tokens`, `prefill_queue_s` and `prefill_compute_s` as the prefill node reported them; what
-    the decode node said of the handoff once it had verified it (0 and empty before); `handoff_s` from the
-    prefill's end to that, as the router saw both, and `num_held_tokens` that it had already.
+    `num_cached_tokens`, pulled ones included, `num_pulled_tokens`, `pull_s`, `pull_error`, `prefill_queue_s`
+    and `prefill_compute_s` as the prefill node reported them; what the decode node said of the handoff once
+    it had verified it (0 and empty before); `handoff_s` from the prefill's end to that, as the router saw
+    both, and `num_held_tokens` that it had already.
     """
 
     state: str
@@ -79,6 +80,9 @@ class MeasuredRequest:
     kv_transport: str = ""
     handoff_s: float | None = None
     num_held_tokens: int | None = None
+    num_pulled_tokens: int = 0
+    pull_s: float = 0.0
+    pull_error: str = ""
 
     @property
     def itl_s(self) -> float | None:

@@ -8,14 +8,14 @@ hold KV is answered by exactly one *terminal* report, after which the node holds
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from kvrelay.core.ids import AttemptId, NodeId
 from kvrelay.core.kv import KVFingerprint
 from kvrelay.core.kv_events import KVEvent
-from kvrelay.core.request import FinishReason, TokenLogprobs, TokenRequest
+from kvrelay.core.request import FinishReason, Prefix, TokenRequest
+from kvrelay.core.token_batch import TokenBatch as TokenBatch
 from kvrelay.core.tokenizer_chunk import TokenizerChunk
 
 
@@ -30,8 +30,8 @@ class Role(StrEnum):
 class NodeDescription:
     """Who a node is; sent first on every `Attach`.
 
-    `incarnation` is drawn anew when the process starts. `transfer_address` is where prefill nodes push KV
-    to (empty on a prefill node). `tokenizer_digest` names its tokenizer bundle, empty if it has none.
+    `incarnation` is drawn anew when the process starts. `transfer_address` is where others send KV to; empty
+    on a prefill node that takes none. `tokenizer_digest` names its tokenizer bundle, empty if it has none.
     """
 
     node_id: NodeId
@@ -70,12 +70,23 @@ class Welcome:
 
 
 @dataclass(frozen=True, slots=True)
+class PullOrder:
+    """The KV of the request's first `num_tokens` tokens comes from another node, which is told to send it as
+    `attempt`: an id of its own."""
+
+    attempt: AttemptId
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class StartPrefill:
-    """Compute the KV, push it to `decode_address` while it is computed, draw the first token."""
+    """Take the prefix of `pull`, if there is one; compute the KV, push it to `decode_address` while it is
+    computed, draw the first token. What can't be pulled is computed."""
 
     attempt: AttemptId
     request: TokenRequest
     decode_address: str
+    pull: PullOrder | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +95,23 @@ class ReserveDecode:
 
     attempt: AttemptId
     request: TokenRequest
+
+
+@dataclass(frozen=True, slots=True)
+class SendPrefix:
+    """Send what the prefix cache holds of `prefix` to the node at `address`, which pulls it. Nodes of either
+    role can. The hold ends by itself, with `KVReleased`, when the other has it."""
+
+    attempt: AttemptId
+    prefix: Prefix
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopPull:
+    """The prefix that prefill `attempt` pulls will not come: compute it. Not answered."""
+
+    attempt: AttemptId
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +126,8 @@ class SendKVSnapshot:
     """KV events are missing: send all that the node holds, in events, before the changes that follow."""
 
 
-AttemptCommand = StartPrefill | ReserveDecode | ReleaseKV
+HoldCommand = StartPrefill | ReserveDecode | SendPrefix
+AttemptCommand = HoldCommand | StopPull | ReleaseKV
 Command = AttemptCommand | SendKVSnapshot
 
 
@@ -115,12 +144,20 @@ class Reserved:
 
 @dataclass(frozen=True, slots=True)
 class PrefillFinished:
-    """Prefill node: the first token is out (in this frame's batch); its KV is held until the handoff ends."""
+    """Prefill node: the first token is out (in this frame's batch); its KV is held until the handoff ends.
+
+    It has pulled `num_pulled_tokens` tokens within `pull_s`, then waited for `queue_s`, then computed for
+    `compute_s`. `num_cached_tokens` were in the prefix cache when its turn came, pulled ones included.
+    `pull_error` is the code of what kept it from pulling; empty: nothing did.
+    """
 
     attempt: AttemptId
     num_cached_tokens: int
     queue_s: float
     compute_s: float
+    num_pulled_tokens: int = 0
+    pull_s: float = 0.0
+    pull_error: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +204,7 @@ class AttemptFailed:
 
 @dataclass(frozen=True, slots=True)
 class KVReleased:
-    """Terminal: answer to `ReleaseKV`; or a prefill node's hold ended as the handoff was acknowledged."""
+    """Terminal: answer to `ReleaseKV`; or a sender's hold ended as the receiver acknowledged the whole."""
 
     attempt: AttemptId
 
@@ -187,49 +224,6 @@ Report = (
     | KVReleased
     | DrainStarted
 )
-
-
-@dataclass(slots=True)
-class TokenBatch:
-    """The tokens of one engine step, in columns: entry i is `counts[i]` tokens of `attempts[i]`, the first
-    of which has output index `first_indices[i]`; `token_ids` holds all of them in a row.
-
-    `logprobs` is empty, or holds one entry per token (None where none was asked for).
-
-    In steady decode a step's *rows* (attempts and counts) are those of the step before, and so many tokens
-    further on. Such a batch has the very columns of the earlier one, and a `step` higher by one.
-    """
-
-    attempts: Sequence[int] = ()
-    start_indices: Sequence[int] = ()
-    counts: Sequence[int] = ()
-    token_ids: Sequence[int] = ()
-    logprobs: Sequence[TokenLogprobs | None] = ()
-    step: int = 0
-    """How often these rows have gone on since `start_indices`."""
-
-    @property
-    def first_indices(self) -> Sequence[int]:
-        """The output index of each entry's first token."""
-        if self.step == 0:
-            return self.start_indices
-        starts, step = self.start_indices, self.step
-        return [start + step * count for start, count in zip(starts, self.counts, strict=True)]
-
-    def next_step(
-        self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None] = ()
-    ) -> TokenBatch:
-        """The same rows, one step further; shares this batch's columns."""
-        return TokenBatch(self.attempts, self.start_indices, self.counts, token_ids, logprobs, self.step + 1)
-
-    def is_next_step_of(self, other: TokenBatch) -> bool:
-        """Whether it comes from `other` by `next_step`, as far as that shows without a look at the rows."""
-        return (
-            self.step == other.step + 1
-            and self.attempts is other.attempts
-            and self.start_indices is other.start_indices
-            and self.counts is other.counts
-        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,6 +70,28 @@ class TokenRequest:
         return replace(self, token_ids=self.token_ids + output_token_ids)
 
 
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """The first tokens of a sequence, as far as one node is to take their KV from another. `cache_salt` is as
+    in `TokenRequest`.
+
+    Raises:
+        InvalidRequest: it has no tokens, or a token id is negative.
+    """
+
+    token_ids: tuple[int, ...]
+    cache_salt: bytes = b""
+
+    def __post_init__(self) -> None:
+        if not self.token_ids or min(self.token_ids) < 0:
+            raise InvalidRequest("a prefix must hold at least one token, and no negative one")
+
+    @property
+    def max_message_bytes(self) -> int:
+        """See `TokenRequest.max_message_bytes`."""
+        return len(self.token_ids) * 5
+
+
 def check_fits_model(request: TokenRequest, *, vocab_size: int, max_model_len: int) -> None:
     """Refuse what the model cannot take, naming the field.
 

@@ -22,3 +22,5 @@ class RequestReport:
     kv_messages: int
     kv_seconds: float
     kv_transport: str
+    num_pulled_tokens: int = 0
+    """Of the cached tokens, those that came from another node for this request."""

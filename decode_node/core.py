@@ -18,7 +18,8 @@
     RELEASING     SequenceReleased                  the terminal report                -> (gone)
 
 Blocks are freed only after the transfer's cancel is done: a late write would land in another sequence.
-The engine takes commands in order, so a release behind a reservation frees what that has taken.
+The engine takes commands in order, so a release behind a reservation frees what that has taken. How it sends
+a prefix, generated tokens included, stands in `kvrelay.node.sending_core`.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from typing import ClassVar, Final
 from kvrelay.core.node_messages import (
     AttemptFinished,
     HandoffVerified,
+    HoldCommand,
     Reserved,
     ReserveDecode,
     Role,
-    StartPrefill,
 )
 from kvrelay.engine.interface import SequenceFailure
 from kvrelay.kv_transfer.interface import ExpectedTransfer, ReceiveDone
@@ -44,7 +45,6 @@ from kvrelay.node.attempt import (
     prompt_digest,
     sequence_key,
 )
-from kvrelay.node.core import NodeCore
 from kvrelay.node.effect_buffer import EffectBuffer
 from kvrelay.node.events import (
     ExpectTransfer,
@@ -54,8 +54,10 @@ from kvrelay.node.events import (
     StepFinished,
     TokenColumns,
 )
+from kvrelay.node.sending_core import SENDING_TRANSITIONS, SendingNodeCore
 
 TRANSITIONS: Final[Transitions] = {
+    **SENDING_TRANSITIONS,
     AttemptState.RESERVING: frozenset({AttemptState.RECEIVING, AttemptState.RELEASING}),
     AttemptState.RECEIVING: frozenset(
         {AttemptState.DECODING, AttemptState.CANCELLING, AttemptState.RELEASING}
@@ -66,31 +68,34 @@ TRANSITIONS: Final[Transitions] = {
 }
 
 
-class DecodeNodeCore(NodeCore):
+class DecodeNodeCore(SendingNodeCore):
     """Decides for a decode node; see the module's text."""
 
     role: ClassVar[Role] = Role.DECODE
     transitions: ClassVar[Transitions] = TRANSITIONS
 
-    def _first_state(self) -> AttemptState:
+    def _first_state_of_role(self, command: HoldCommand) -> AttemptState:
         return AttemptState.RESERVING
 
-    def _start(self, attempt: Attempt, command: StartPrefill | ReserveDecode, out: EffectBuffer) -> None:
-        out.add(ReserveSequence(attempt.key, attempt.request))
+    def _start_of_role(self, attempt: Attempt, out: EffectBuffer) -> None:
+        assert isinstance(attempt.command, ReserveDecode)
+        out.add(ReserveSequence(attempt.key, attempt.command.request))
 
     def _on_sequence_reserved(self, event: SequenceReserved, now_s: float, out: EffectBuffer) -> None:
         reservation = event.reservation
         attempt = self._attempts.get(reservation.key)
         if attempt is None or attempt.state is not AttemptState.RESERVING:
             return  # its release is behind it in the engine's queue
+        assert isinstance(attempt.command, ReserveDecode)
+        request = attempt.command.request
         self._move(attempt, AttemptState.RECEIVING)
         attempt.has_transfer = True
         expected = ExpectedTransfer(
             attempt.transfer_id,
             reservation.block_table,
-            len(attempt.request.token_ids),
+            len(request.token_ids),
             reservation.num_cached_tokens,
-            prompt_digest(attempt.request, self._config.fingerprint_digest),
+            prompt_digest(request, self._config.fingerprint_digest),
         )
         out.add(ExpectTransfer(expected))
         self._tell(attempt, Reserved(attempt.number, reservation.num_cached_tokens), out)

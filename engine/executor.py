@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
+from kvrelay.core.ids import BlockId
 from kvrelay.core.kv import KVStore
 from kvrelay.core.request import TokenLogprobs, TokenRequest
 from kvrelay.engine.host_tier import BlockCopy
-from kvrelay.engine.sequence import Chunk, LiveSequence
+from kvrelay.engine.sequence import Chunk
 
 
 class DrawnToken(NamedTuple):
@@ -64,11 +65,13 @@ class Executor(Protocol):
 
     def reveal_restored(self) -> None:
         """What was copied to the device is about to be reported, as a part of the step whose turn has come:
-        no step is under way before it. Each `kv.gather` of it from now on comes after the copies."""
+        no step is under way before it; or a transfer that reads it begins. Each `kv.gather` of it from now on
+        comes after the copies."""
         ...
 
-    def check_received(self, sequence: LiveSequence) -> str | None:
-        """What is wrong with the KV that a reserved sequence has received; None: nothing that shows."""
+    def check_received(self, token_ids: Sequence[int], block_table: Sequence[BlockId]) -> str | None:
+        """What is wrong with the KV of these tokens that was received in these blocks; None: nothing that
+        shows."""
         ...
 
 

@@ -8,6 +8,9 @@ known by the key its node gives it. Lifecycles:
   held until `release`.
 * decode node:    `reserve` -> (the KV arrives through `kv.scatter`) -> `start_decode` -> tokens until a
   finish reason; then it is freed by itself.
+* prefix away:    `pin_prefix` -> (the KV is read through `kv.gather`) -> `release`.
+* prefix here:    `reserve_prefix` -> (the KV arrives through `kv.scatter`) -> `keep_prefix`, and the prompt
+  that is submitted next finds it in the prefix cache.
 * any of them:    `release` frees whatever the key still holds; unknown keys are ignored.
 """
 
@@ -21,7 +24,7 @@ from kvrelay.core.errors import EngineFailed, InvalidRequest, KVRelayError
 from kvrelay.core.ids import BlockId
 from kvrelay.core.kv import KVFingerprint, KVStore
 from kvrelay.core.kv_events import KVChanges
-from kvrelay.core.request import FinishReason, TokenLogprobs, TokenRequest
+from kvrelay.core.request import FinishReason, Prefix, TokenLogprobs, TokenRequest
 
 SequenceKey = NewType("SequenceKey", str)
 
@@ -111,10 +114,11 @@ class StepOutput:
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """Room for a sequence on a decode node.
+    """Room for a sequence on a decode node, or for a prefix.
 
-    `block_table` covers ``len(request.token_ids)`` tokens. The first `num_cached_tokens` of them are in the
-    prefix cache already (whole blocks, and fewer than all tokens); only the rest needs to arrive.
+    `block_table` covers all tokens, of a prefix that is pinned as many as the cache has. The first
+    `num_cached_tokens` of them are in the prefix cache already (whole blocks, and of a sequence fewer than
+    all tokens); only the rest needs to arrive.
     """
 
     key: SequenceKey
@@ -197,6 +201,30 @@ class Engine(Protocol):
 
         Registers the sequence's full blocks in the prefix cache. Unknown keys are ignored.
         """
+        ...
+
+    def pin_prefix(self, prefix: Prefix, key: SequenceKey) -> Reservation:
+        """Hold what the prefix cache has of `prefix`, of either tier, so that it may be gathered until
+        `release(key)`: all of the reservation's tokens are cached ones, perhaps none.
+
+        Raises:
+            DuplicateRequest: the key is in use.
+        """
+        ...
+
+    def reserve_prefix(self, prefix: Prefix, key: SequenceKey) -> Reservation:
+        """Take the blocks that the KV of `prefix` will arrive in, now; it may all be cached already.
+
+        Raises:
+            Overloaded: there is no room now.
+            DuplicateRequest: the key is in use.
+        """
+        ...
+
+    def keep_prefix(self, key: SequenceKey, num_tokens: int) -> int:
+        """The KV of a reserved prefix's first `num_tokens` tokens is here: its full blocks join the prefix
+        cache, as if computed here, and nothing is held any more. Returns how many tokens they have; 0 where
+        the KV is seen to be wrong, or the key is unknown."""
         ...
 
     def release(self, key: SequenceKey) -> None:

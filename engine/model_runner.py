@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvrelay.core.errors import InvalidRequest
+from kvrelay.core.ids import BlockId
 from kvrelay.core.kv import KVStore
 from kvrelay.core.request import TokenRequest
 from kvrelay.engine.block_mover import BlockMover
@@ -84,7 +85,7 @@ class ModelRunner:
     def reveal_restored(self) -> None:
         return
 
-    def check_received(self, sequence: LiveSequence) -> str | None:
+    def check_received(self, token_ids: Sequence[int], block_table: Sequence[BlockId]) -> str | None:
         return None
 
     def _draw_request(self, sequence: LiveSequence) -> DrawRequest:

@@ -12,7 +12,7 @@ from typing import Final
 
 from kvrelay.core.kv import KVStore
 from kvrelay.core.kv_events import KVChanges
-from kvrelay.core.request import TokenRequest
+from kvrelay.core.request import Prefix, TokenRequest
 from kvrelay.engine.block_pool import BlockPool
 from kvrelay.engine.executor import AheadExecutor, DrawFailed, DrawnToken, Executor, Launched, LayerDone
 from kvrelay.engine.host_tier import HostTier
@@ -28,6 +28,7 @@ from kvrelay.engine.interface import (
     StepOutput,
 )
 from kvrelay.engine.kv_progress import KVProgress, announce_prefix_hit
+from kvrelay.engine.prefix_holds import PrefixHolds
 from kvrelay.engine.scheduler import Scheduler
 from kvrelay.engine.sequence import Chunk, LiveSequence, Purpose
 from kvrelay.engine.step_cost import StepCost
@@ -71,6 +72,7 @@ class PagedEngine:
         if itl_promise_ms is not None:
             self._step_cost = StepCost(PROMISE_SHARE * itl_promise_ms / 1e3)
         self._scheduler = Scheduler(info, pool, limits, executor.prepare, self._step_cost)
+        self._prefixes = PrefixHolds(pool, info.block_size, info.fingerprint.digest)
         self._layers_per_group = layers_per_group
         self._listener: KVReadyListener | None = None
         self._failures: list[SequenceFailure] = []
@@ -108,14 +110,36 @@ class PagedEngine:
         sequence = self._scheduler.reserved(key)
         if sequence is None:
             return
-        fault = self._executor.check_received(sequence)
+        fault = self._executor.check_received(sequence.token_ids, sequence.block_table)
         if fault is not None:
             self._scheduler.release(key)
             self._failures.append(SequenceFailure(key, fault))
             return
         self._scheduler.start_decode(key, first_token_id)
 
+    def pin_prefix(self, prefix: Prefix, key: SequenceKey) -> Reservation:
+        pinned = self._prefixes.pin(prefix, key)
+        self._move_blocks()
+        self._executor.reveal_restored()
+        return pinned
+
+    def reserve_prefix(self, prefix: Prefix, key: SequenceKey) -> Reservation:
+        reservation = self._prefixes.reserve(prefix, key)
+        self._move_blocks(before_receive=True)
+        return reservation
+
+    def keep_prefix(self, key: SequenceKey, num_tokens: int) -> int:
+        held = self._prefixes.held(key)
+        if held is None:
+            return 0
+        self._may_plan_ahead = True
+        if self._executor.check_received(held.prefix.token_ids[:num_tokens], held.block_table) is not None:
+            self._prefixes.release(key)
+            return 0
+        return self._prefixes.keep(key, num_tokens)
+
     def release(self, key: SequenceKey) -> None:
+        self._prefixes.release(key)
         self._scheduler.release(key)
         self._may_plan_ahead = True
 
@@ -212,7 +236,7 @@ class PagedEngine:
 
     def check(self) -> None:
         """Assert every invariant of scheduler and block pool; for tests."""
-        self._scheduler.check()
+        self._scheduler.check(self._prefixes.blocks())
 
     def _move_blocks(self, *, before_receive: bool = False) -> None:
         if not self._has_host_tier:

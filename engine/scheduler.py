@@ -17,11 +17,12 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 
 from kvrelay.core.block_hash import root_hash
 from kvrelay.core.errors import DuplicateRequest, InvalidRequest, Overloaded
+from kvrelay.core.ids import BlockId
 from kvrelay.core.request import FinishReason, TokenRequest, check_fits_model
 from kvrelay.engine.ahead_plan import next_decodes, next_prefills
 from kvrelay.engine.block_pool import BlockPool
@@ -233,9 +234,9 @@ class Scheduler:
             host_hit_tokens=self._blocks.host_hit_tokens,
         )
 
-    def check(self) -> None:
-        """Assert every invariant; for tests."""
-        self._blocks.check(self._live.values())
+    def check(self, others: Iterable[BlockId] = ()) -> None:
+        """Assert every invariant; for tests. `others` are held for no sequence."""
+        self._blocks.check(self._live.values(), others)
         assert self._running == sorted(self._running, key=attrgetter("arrival"))
         assert all(sequence.stage is Stage.RUNNING for sequence in self._running)
         assert all(sequence.stage is Stage.WAITING and not sequence.block_table for sequence in self._waiting)

@@ -127,11 +127,11 @@ class SequenceBlocks:
         """What is to be copied between device and host before anything else happens to the blocks."""
         return [] if self.pool.host_tier is None else self.pool.host_tier.take_copies()
 
-    def check(self, live: Iterable[LiveSequence]) -> None:
-        """Assert every invariant; for tests."""
+    def check(self, live: Iterable[LiveSequence], others: Iterable[BlockId] = ()) -> None:
+        """Assert every invariant; for tests. `others` are held for no sequence."""
         self.pool.check()
         assert all(sequence.block_table for sequence in self._put_off), "put off, and freed"
-        held = {block for sequence in live for block in sequence.block_table}
+        held = {block for sequence in live for block in sequence.block_table} | set(others)
         held |= {block for _, block_table in self._late_blocks for block in block_table}
         assert all(step > self._num_landed for step, _ in self._late_blocks), "no step computes them any more"
         assert len(held) == self.pool.num_held, "a block is held that no live sequence names"

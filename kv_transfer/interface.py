@@ -1,9 +1,10 @@
 """What nodes ask of KV transfer, and what they hear back.
 
-A node has one `KVTransfer`. Decode nodes `expect` transfers; prefill nodes `open_push` them, feed them
-with `push_ready` while the prefill computes, and `finish_push` with the first token. All calls come from
-the node's event loop except `push_ready`, which an engine thread may call. Outcomes come as events, each
-transfer ending in exactly one, on the event loop.
+A node has one `KVTransfer`. Who receives does `expect` a transfer; who sends does `open_push` it, feeds it
+with `push_ready` and ends it with `finish_push`. In a handoff the prefill node sends while it computes, and
+`finish_push` has the first token; in a pull any node sends what its prefix cache holds, and no token. All
+calls come from the node's event loop except `push_ready`, which an engine thread may call. Outcomes come as
+events, each transfer ending in exactly one, on the event loop.
 """
 
 from __future__ import annotations
@@ -12,17 +13,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvrelay.core.block_hash import BlockHash
+from kvrelay.core.block_hash import BlockHash, DigestedTokens
 from kvrelay.core.errors import KVRelayError
 from kvrelay.core.ids import BlockId, TransferId
 
 
 @dataclass(frozen=True, slots=True)
 class ExpectedTransfer:
-    """The receiver's side of a handoff.
+    """The receiver's side of a transfer.
 
     Tokens ``[first_token, num_tokens)`` of the sequence are to arrive in `block_table`, for all layers;
-    `prompt_digest` is `sequence_digest` over all its token ids.
+    `prompt_digest` is `sequence_digest` over all its token ids. With `or_fewer`, those tokens, the sender may
+    offer just the first of them, as long as they are more than `first_token`.
     """
 
     transfer_id: TransferId
@@ -30,11 +32,12 @@ class ExpectedTransfer:
     num_tokens: int
     first_token: int
     prompt_digest: BlockHash
+    or_fewer: DigestedTokens | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class PushSpec:
-    """The sender's side of a handoff. `peer_address` is the receiver's `KVTransfer.address`."""
+    """The sender's side of a transfer. `peer_address` is the receiver's `KVTransfer.address`."""
 
     transfer_id: TransferId
     peer_address: str
@@ -70,11 +73,13 @@ class PushFailed:
 
 @dataclass(frozen=True, slots=True)
 class ReceiveDone:
-    """Every byte has arrived, been verified and scattered; the prefill drew `output_token_id`."""
+    """Every byte of the sequence's first `num_tokens` tokens has arrived, been verified and scattered; the
+    prefill drew `output_token_id`."""
 
     transfer_id: TransferId
     output_token_id: int
     stats: TransferStats
+    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +128,11 @@ class KVTransfer(Protocol):
 
     def finish_push(self, transfer_id: TransferId, output_token_id: int) -> None:
         """All of the KV has been reported ready, and this token was drawn. Unknown transfers are ignored."""
+        ...
+
+    def refuse(self, transfer_id: TransferId) -> None:
+        """Whoever has offered this transfer, or will, is told that nobody expects it. Not for one that was
+        expected."""
         ...
 
     async def cancel(self, transfer_id: TransferId) -> None:

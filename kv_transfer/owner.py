@@ -143,6 +143,10 @@ class TransferOwner:
         else:
             self._receiver.expect(expected)
 
+    def refuse(self, transfer_id: TransferId) -> None:
+        if self._error is None:
+            self._receiver.refuse(transfer_id)
+
     def open(self, spec: PushSpec) -> None:
         if self._error is not None:
             self._node.emit(PushFailed(spec.transfer_id, self._error))

@@ -143,10 +143,12 @@ class QuarantineSlots:
 
 @dataclass(frozen=True, slots=True)
 class ReportReceive:
-    """Tell the caller. `error` None is success, with the token that the prefill drew."""
+    """Tell the caller. `error` None is success: the first `num_tokens` tokens are here, and the prefill drew
+    `output_token_id`."""
 
     error: KVRelayError | None
     output_token_id: int
+    num_tokens: int
     num_bytes: int
     num_messages: int
     seconds: float

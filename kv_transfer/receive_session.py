@@ -15,6 +15,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import assert_never
 
+from kvrelay.core.block_hash import BlockHash
 from kvrelay.core.errors import (
     KVLayoutMismatch,
     KVRelayError,
@@ -81,6 +82,7 @@ class ReceiveSession:
         self._progress_timeout_s = progress_timeout_s
         self._started_s = now_s
         self._last_progress_s = now_s
+        self._num_tokens = expected.num_tokens
         self._coverage = Coverage(layout.num_layers, expected.first_token, expected.num_tokens)
         self._slots: set[int] = set()
         self._num_queued = 0
@@ -140,15 +142,29 @@ class ReceiveSession:
             raise KVLayoutMismatch(f"KV fingerprints differ, receiver != sender: {difference}")
         if offer.fingerprint_digest != self._fingerprint.digest:
             raise KVLayoutMismatch("the offer's fingerprint digest is not that of its sender's fingerprint")
+        expected_digest = self.expected.prompt_digest
         if offer.num_tokens != self.expected.num_tokens:
+            expected_digest = self._expect_fewer(offer)
+        if offer.prompt_digest != expected_digest:
             raise TransferCorrupt(
-                f"the sender offers {offer.num_tokens} tokens, {self.expected.num_tokens} are expected"
-            )
-        if offer.prompt_digest != self.expected.prompt_digest:
-            raise TransferCorrupt(
-                f"prompt digests differ: expected {self.expected.prompt_digest.hex()[:16]},"
+                f"prompt digests differ: expected {expected_digest.hex()[:16]},"
                 f" offered {offer.prompt_digest.hex()[:16]}"
             )
+
+    def _expect_fewer(self, offer: Offer) -> BlockHash:
+        """The sender has another number of tokens; returns what their digest must be."""
+        expected, num_tokens = self.expected, offer.num_tokens
+        if expected.or_fewer is None or num_tokens > expected.num_tokens:
+            raise TransferCorrupt(
+                f"the sender offers {num_tokens} tokens, {expected.num_tokens} are expected"
+            )
+        if num_tokens <= expected.first_token:
+            raise TransferFailed(
+                f"the sender has {num_tokens} tokens, {expected.first_token} are here already"
+            )
+        self._num_tokens = num_tokens
+        self._coverage = Coverage(self._layout.num_layers, expected.first_token, num_tokens)
+        return expected.or_fewer.digest(num_tokens)
 
     def _request_slots(self, num_slots: int) -> list[ReceiveEffect]:
         if num_slots > self._window - self._num_queued - len(self._slots):
@@ -243,5 +259,7 @@ class ReceiveSession:
         if silent:
             return effects
         seconds = now_s - self._started_s
-        report = ReportReceive(error, self._output_token_id, self._num_bytes, self._num_messages, seconds)
+        report = ReportReceive(
+            error, self._output_token_id, self._num_tokens, self._num_bytes, self._num_messages, seconds
+        )
         return [*effects, report]

@@ -23,7 +23,8 @@ from kvrelay.kv_transfer.messages import (
     SlotsReturned,
     Want,
 )
-from kvrelay.kv_transfer.offer_book import OfferBook, PendingOffer
+from kvrelay.kv_transfer.offer_book import OfferBook
+from kvrelay.kv_transfer.offer_desk import OfferDesk
 from kvrelay.kv_transfer.peer_error import peer_error
 from kvrelay.kv_transfer.receive_events import (
     ChunkArrived,
@@ -69,6 +70,7 @@ class Receiver:
         self._scatters = Scatters(node, staging, self._pool)
         self._draining = Draining()
         self._offers = OfferBook(config.max_pending_offers, config.pending_offer_timeout_s)
+        self._desk = OfferDesk(self._offers, self._links, config.pending_offer_timeout_s)
         self._pumped_until_s = 0.0
 
     @property
@@ -134,15 +136,18 @@ class Receiver:
             now_s=self._node.clock(),
         )
         self._sessions[expected.transfer_id] = session
-        pending = self._offers.take(expected.transfer_id)
-        if pending is not None and (link := self._links.get(pending.link_id)) is not None:
-            self._match(session, link, pending.offer)
+        if (offered := self._desk.take(expected.transfer_id)) is not None:
+            self._match(session, *offered)
 
     def give_up(self, transfer_id: TransferId, error: KVRelayError | None) -> None:
         """End the transfer; with None without an event."""
         if transfer_id not in self._sessions:
             return
         self._feed(transfer_id, ReceiveGivenUp(error))
+
+    def refuse(self, transfer_id: TransferId) -> None:
+        """Nobody expects this transfer: its sender is told, now or when it offers it."""
+        self._desk.refuse(transfer_id)
 
     def on_hello(self, link: IncomingLink) -> None:
         """A restarted or redialling peer replaces its old link."""
@@ -204,8 +209,7 @@ class Receiver:
     def tick(self, now_s: float) -> None:
         """Deadlines, keep-alive, quarantine."""
         self._pool.expire(now_s)
-        for pending in self._offers.expire(now_s):
-            self._refuse_late(pending)
+        self._desk.expire(now_s)
         for transfer_id in list(self._sessions):
             self._feed(transfer_id, ReceiveTicked())
         for link in list(self._links.values()):
@@ -235,24 +239,17 @@ class Receiver:
 
     def _on_offer(self, link: IncomingLink, offer: Offer) -> None:
         session = self._sessions.get(offer.transfer_id)
-        try:
-            if session is None:
-                self._offers.keep(offer, link.link_id, self._node.clock())
-            elif session.phase is ReceivePhase.EXPECTING:
-                self._match(session, link, offer)
-            else:
-                raise TransferFailed(f"transfer {offer.transfer_id} is under way already")
-        except KVRelayError as error:
-            link.connection.send(Abort(offer.transfer_id, error.code, error.message))
+        if session is None:
+            self._desk.keep(link, offer, self._node.clock())
+        elif session.phase is ReceivePhase.EXPECTING:
+            self._match(session, link, offer)
+        else:
+            error = TransferFailed(f"transfer {offer.transfer_id} is under way already")
+            self._desk.decline(link, offer.transfer_id, error)
 
     def _match(self, session: ReceiveSession, link: IncomingLink, offer: Offer) -> None:
         self._link_of[offer.transfer_id] = link
         self._handle(session, OfferMatched(offer, link.peer_fingerprint))
-
-    def _refuse_late(self, pending: PendingOffer) -> None:
-        if (link := self._links.get(pending.link_id)) is not None:
-            message = f"nobody expected the transfer within {self._config.pending_offer_timeout_s:g} s"
-            link.connection.send(Abort(pending.offer.transfer_id, TransferFailed.code, message))
 
     def _from_sender(self, link: IncomingLink, transfer_id: TransferId, event: ReceiveEvent) -> None:
         """Frames of transfers that have ended here may still be on their way, and are ignored."""
@@ -309,7 +306,7 @@ class Receiver:
             self._node.emit(ReceiveFailed(transfer_id, effect.error))
             return
         stats = TransferStats(effect.num_bytes, effect.num_messages, effect.seconds, self._transport.name)
-        self._node.emit(ReceiveDone(transfer_id, effect.output_token_id, stats))
+        self._node.emit(ReceiveDone(transfer_id, effect.output_token_id, stats, effect.num_tokens))
 
     def _tick_link(self, link: IncomingLink, now_s: float) -> None:
         timeout_s = self._config.progress_timeout_s

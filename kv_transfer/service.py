@@ -186,6 +186,11 @@ class KVTransferService:
         """See `KVTransfer`."""
         self._reactor.post(partial(self._owner.finish, transfer_id, output_token_id))
 
+    def refuse(self, transfer_id: TransferId) -> None:
+        """See `KVTransfer`."""
+        assert transfer_id not in self._receives, "an expected transfer is cancelled, not refused"
+        self._reactor.post(partial(self._owner.refuse, transfer_id))
+
     async def cancel(self, transfer_id: TransferId) -> None:
         """See `KVTransfer`."""
         if transfer_id not in self._pushes and transfer_id not in self._receives:

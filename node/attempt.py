@@ -10,14 +10,17 @@ from typing import Final
 from kvrelay.core.block_hash import BlockHash, root_hash, sequence_digest
 from kvrelay.core.errors import KVRelayError
 from kvrelay.core.ids import AttemptId, TransferId
-from kvrelay.core.node_messages import AttemptFailed, AttemptRefused, Report
-from kvrelay.core.request import TokenRequest
+from kvrelay.core.node_messages import AttemptFailed, AttemptRefused, HoldCommand, Report
+from kvrelay.core.request import Prefix, TokenRequest
 from kvrelay.engine.interface import SequenceKey
 
 
 class AttemptState(StrEnum):
-    """Where an attempt is. The first two belong to prefill nodes, the next three to decode nodes."""
+    """Where an attempt is. The first three belong to prefill nodes, the next three to decode nodes, the two
+    behind them to nodes that send a prefix: either."""
 
+    PULLING = "pulling"
+    """A part of the prompt's KV is on its way from another node; the engine knows nothing of the sequence."""
     PREFILLING = "prefilling"
     """The sequence waits or computes in the engine; the push is open."""
     HANDING_OFF = "handing_off"
@@ -29,6 +32,11 @@ class AttemptState(StrEnum):
     """Blocks are taken; the KV is arriving."""
     DECODING = "decoding"
     """The KV is here; the engine owns the sequence until it finishes."""
+
+    PINNING = "pinning"
+    """The engine has been asked to hold what it has of the prefix."""
+    SENDING = "sending"
+    """It is held, and being pushed."""
 
     CANCELLING = "cancelling"
     """The end is decided; the transfer is being cancelled, so that nothing touches the blocks."""
@@ -42,24 +50,32 @@ ENDING: Final = frozenset({AttemptState.CANCELLING, AttemptState.RELEASING})
 """The end is decided, and what is held is on its way back."""
 
 
+PUSHED: Final = frozenset({AttemptState.HANDING_OFF, AttemptState.SENDING})
+"""All of the KV has been given to the push."""
+
+
 @dataclass(slots=True)
 class Attempt:
     """Mutable; owned by a node's core.
 
-    `has_transfer` is whether a transfer is open. `terminal` is the report that ends the attempt, once
-    decided. `is_orphan`: the stream it came by is gone, and nobody is to hear of it any more.
+    `has_transfer` is whether its own transfer is open. `terminal` is the report that ends the attempt, once
+    decided. `is_orphan`: the stream it came by is gone, and nobody is to hear of it any more. `submitted_s`:
+    when its pull was over, or the command came if it has none.
     """
 
     transfer_id: TransferId
     key: SequenceKey
-    request: TokenRequest
+    command: HoldCommand
     state: AttemptState
     received_s: float
     has_transfer: bool = False
     is_orphan: bool = False
     terminal: Report | None = None
+    submitted_s: float = 0.0
     started_s: float | None = None
     num_cached_tokens: int = 0
+    num_pulled_tokens: int = 0
+    pull_error: str = ""
 
     @property
     def number(self) -> AttemptId:
@@ -87,6 +103,6 @@ def failure(attempt: AttemptId, error: KVRelayError) -> AttemptFailed:
     return AttemptFailed(attempt, error.code, error.message, error.field or "")
 
 
-def prompt_digest(request: TokenRequest, fingerprint_digest: bytes) -> BlockHash:
-    """What both sides of a handoff agree on: the request's tokens, its salt, the KV's fingerprint."""
-    return sequence_digest(request.token_ids, root_hash(request.cache_salt, fingerprint_digest))
+def prompt_digest(tokens: TokenRequest | Prefix, fingerprint_digest: bytes) -> BlockHash:
+    """What both sides of a transfer agree on: the tokens, their salt, the KV's fingerprint."""
+    return sequence_digest(tokens.token_ids, root_hash(tokens.cache_salt, fingerprint_digest))

@@ -25,7 +25,8 @@ class NodeConfig:
     again after `reconnect_initial_s`, doubling up to `reconnect_max_s`; heartbeat and lease are the
     router's to say. At most `max_pending_tokens` wait for a router that reads slowly; one that is more than
     `max_buffered_kv_keys` changed KV blocks behind gets all of them anew. `load_interval_s` is how often a
-    busy node tells its load at most. When the node is attached to its first router it writes `ready_file`, if
+    busy node tells its load at most. A prefix that another node is to send and that has not come within
+    `pull_timeout_s` is computed. When the node is attached to its first router it writes `ready_file`, if
     given.
 
     Raises:
@@ -45,6 +46,7 @@ class NodeConfig:
     max_pending_tokens: int = 1 << 18
     max_buffered_kv_keys: int = 1 << 18
     load_interval_s: float = 0.1
+    pull_timeout_s: float = 5.0
     ready_file: str = ""
     log_level: str = "info"
 
@@ -81,6 +83,7 @@ class NodeConfig:
             "max_pending_tokens": (1024, 1 << 30),
             "max_buffered_kv_keys": (1024, 1 << 30),
             "load_interval_s": (0.001, 60),
+            "pull_timeout_s": (0.01, 86400),
         }
         faults = [
             f"{name} must be from {low:g} to {high:g}, got {getattr(self, name)}"

@@ -1,18 +1,13 @@
-"""What both roles' cores share: admission, leases, drain, and how every attempt ends.
+"""What all that nodes do for routers has in common: admission, leases, drain.
 
-Pure: `handle(event, now_s)` returns effects; it never awaits, logs or reads a clock.
-
-An attempt ends in one place, whatever ended it: `_end` notes the terminal report; an open transfer is
-cancelled first, so that nothing reads or writes the blocks; then the engine frees the sequence; and only
-then, when this node holds nothing of the attempt, the report goes out. Just two ends are shorter, because
-the engine has freed the sequence by itself: a decode that finished, and a refused reservation.
+Pure: `handle(event, now_s)` returns effects; it never awaits, logs or reads a clock. How attempts end stands
+in `kvrelay.node.ending_core`.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from kvrelay.core.errors import EngineFailed, InvalidRequest, KVRelayError, NodeUnavailable, Overloaded
@@ -20,13 +15,14 @@ from kvrelay.core.ids import TransferId
 from kvrelay.core.node_messages import (
     AttemptCommand,
     DrainStarted,
+    HoldCommand,
     KVReleased,
     ReleaseKV,
-    Report,
     ReserveDecode,
     Role,
     SendKVSnapshot,
     StartPrefill,
+    StopPull,
 )
 from kvrelay.engine.interface import SequenceKey
 from kvrelay.kv_transfer.interface import PushDone, PushFailed, ReceiveDone, ReceiveFailed
@@ -34,14 +30,13 @@ from kvrelay.node.attempt import (
     ENDING,
     Attempt,
     AttemptState,
-    Transitions,
-    failure,
     refusal,
     sequence_key,
 )
 from kvrelay.node.effect_buffer import EffectBuffer
+from kvrelay.node.ending_core import EndingCore
+from kvrelay.node.ending_core import NodeCoreConfig as NodeCoreConfig
 from kvrelay.node.events import (
-    CancelTransfer,
     CloseRouter,
     DrainRequested,
     DrainTimedOut,
@@ -49,7 +44,8 @@ from kvrelay.node.events import (
     NodeEffect,
     NodeEvent,
     PrefillStarted,
-    ReleaseSequence,
+    PrefixHeld,
+    PrefixKept,
     RouterConnected,
     RouterFrameReceived,
     RouterStreamLost,
@@ -64,34 +60,24 @@ from kvrelay.node.events import (
 from kvrelay.node.leases import Leases
 
 
-@dataclass(frozen=True, slots=True)
-class NodeCoreConfig:
-    """`max_attempts_in_flight` bounds live attempts, ending ones included; `fingerprint_digest` is that of
-    the engine's KV."""
-
-    max_attempts_in_flight: int
-    fingerprint_digest: bytes = b""
-
-
-class NodeCore(ABC):
+class NodeCore(EndingCore):
     """The attempts that one node holds, for all its routers."""
 
     role: ClassVar[Role]
-    transitions: ClassVar[Transitions]
 
     def __init__(self, config: NodeCoreConfig) -> None:
-        self._config = config
-        self._attempts: dict[SequenceKey, Attempt] = {}
+        super().__init__(config)
         self._leases = Leases()
         self._connected: set[int] = set()
         self._is_draining = False
-        self._engine_fault: str | None = None
         self._handlers: dict[type[Any], Callable[[Any, float, EffectBuffer], None]] = {
             StepFinished: self._on_step_finished,
             RouterFrameReceived: self._on_router_frame,
             RouterConnected: self._on_router_connected,
             RouterStreamLost: self._on_router_stream_lost,
             SequenceReserved: self._on_sequence_reserved,
+            PrefixHeld: self._on_prefix_held,
+            PrefixKept: self._on_prefix_kept,
             SequenceRefused: self._on_sequence_refused,
             SequenceReleased: self._on_sequence_released,
             PrefillStarted: self._on_prefill_started,
@@ -113,31 +99,25 @@ class NodeCore(ABC):
         return out.take()
 
     @property
-    def num_attempts(self) -> int:
-        """Attempts that this node holds anything for."""
-        return len(self._attempts)
-
-    @property
-    def num_open_transfers(self) -> int:
-        """Transfers that have been opened or expected, and have not ended."""
-        return sum(attempt.has_transfer for attempt in self._attempts.values())
-
-    @property
     def is_draining(self) -> bool:
         return self._is_draining
-
-    def states(self) -> dict[TransferId, AttemptState]:
-        """The state of each live attempt."""
-        return {attempt.transfer_id: attempt.state for attempt in self._attempts.values()}
 
     # ---- what the roles add ------------------------------------------------------------------------
 
     @abstractmethod
-    def _start(self, attempt: Attempt, command: StartPrefill | ReserveDecode, out: EffectBuffer) -> None:
-        """Take up a new attempt, which is in its role's first state."""
+    def _start(self, attempt: Attempt, out: EffectBuffer) -> None:
+        """Take up a new attempt, which is in its command's first state."""
 
     @abstractmethod
-    def _first_state(self) -> AttemptState: ...
+    def _first_state(self, command: HoldCommand) -> AttemptState: ...
+
+    def _is_known(self, key: SequenceKey) -> bool:
+        """Whether the transfer of that name is under way, or was asked for."""
+        return key in self._attempts
+
+    def _stop_pull(self, transfer_id: TransferId, now_s: float, out: EffectBuffer) -> None:
+        """What that attempt pulls will not come; nothing, if it pulls nothing."""
+        return
 
     @abstractmethod
     def _on_step_finished(self, event: StepFinished, now_s: float, out: EffectBuffer) -> None: ...
@@ -145,83 +125,17 @@ class NodeCore(ABC):
     def _on_sequence_reserved(self, event: SequenceReserved, now_s: float, out: EffectBuffer) -> None:
         raise AssertionError(f"{event} on a {self.role} node")
 
-    def _on_prefill_started(self, event: PrefillStarted, now_s: float, out: EffectBuffer) -> None:
+    def _on_prefix_held(self, event: PrefixHeld, now_s: float, out: EffectBuffer) -> None:
         raise AssertionError(f"{event} on a {self.role} node")
 
-    def _on_push_done(self, event: PushDone, now_s: float, out: EffectBuffer) -> None:
+    def _on_prefix_kept(self, event: PrefixKept, now_s: float, out: EffectBuffer) -> None:
+        raise AssertionError(f"{event} on a {self.role} node")
+
+    def _on_prefill_started(self, event: PrefillStarted, now_s: float, out: EffectBuffer) -> None:
         raise AssertionError(f"{event} on a {self.role} node")
 
     def _on_receive_done(self, event: ReceiveDone, now_s: float, out: EffectBuffer) -> None:
         raise AssertionError(f"{event} on a {self.role} node")
-
-    # ---- how attempts end --------------------------------------------------------------------------
-
-    def _move(self, attempt: Attempt, state: AttemptState) -> None:
-        assert state in self.transitions[attempt.state], f"{attempt.key}: {attempt.state} -> {state}"
-        attempt.state = state
-
-    def _tell(self, attempt: Attempt, report: Report, out: EffectBuffer) -> None:
-        if not attempt.is_orphan:
-            out.report(attempt.router_epoch, report)
-
-    def _end(self, attempt: Attempt, terminal: Report, out: EffectBuffer) -> None:
-        """Give back what the attempt holds; then `terminal` is reported. If it is ending already, the router
-        hears the answer it asked for last."""
-        attempt.terminal = terminal
-        if attempt.state in ENDING:
-            return
-        if attempt.has_transfer:
-            self._move(attempt, AttemptState.CANCELLING)
-            out.add(CancelTransfer(attempt.transfer_id))
-        else:
-            self._move(attempt, AttemptState.RELEASING)
-            out.add(ReleaseSequence(attempt.key))
-
-    def _end_with_error(self, attempt: Attempt, error: KVRelayError, out: EffectBuffer) -> None:
-        self._end(attempt, failure(attempt.number, error), out)
-
-    def _drop(self, attempt: Attempt, terminal: Report, out: EffectBuffer) -> None:
-        """The attempt holds nothing any more: report that, and forget it."""
-        del self._attempts[attempt.key]
-        self._tell(attempt, terminal, out)
-
-    def _on_transfer_cancelled(self, event: TransferCancelled, now_s: float, out: EffectBuffer) -> None:
-        attempt = self._attempts.get(sequence_key(event.transfer_id))
-        if attempt is not None and attempt.state is AttemptState.CANCELLING:
-            attempt.has_transfer = False
-            self._move(attempt, AttemptState.RELEASING)
-            out.add(ReleaseSequence(attempt.key))
-
-    def _on_sequence_released(self, event: SequenceReleased, now_s: float, out: EffectBuffer) -> None:
-        attempt = self._attempts.get(event.key)
-        if attempt is not None:
-            assert attempt.state is AttemptState.RELEASING, f"{attempt.key}: released while {attempt.state}"
-            assert attempt.terminal is not None
-            self._drop(attempt, attempt.terminal, out)
-
-    def _on_sequence_refused(self, event: SequenceRefused, now_s: float, out: EffectBuffer) -> None:
-        attempt = self._attempts.get(event.key)
-        if attempt is None or attempt.state in ENDING:
-            return
-        refused = refusal(attempt.number, event.error)
-        if attempt.has_transfer:
-            self._end(attempt, refused, out)
-        else:
-            self._drop(attempt, refused, out)
-
-    def _on_transfer_failed(self, event: PushFailed | ReceiveFailed, now_s: float, out: EffectBuffer) -> None:
-        attempt = self._attempts.get(sequence_key(event.transfer_id))
-        if attempt is None or attempt.state in ENDING:
-            return  # a cancelled transfer's failure, on its way when the cancel was asked for
-        attempt.has_transfer = False
-        self._end_with_error(attempt, event.error, out)
-
-    def _on_engine_died(self, event: EngineDied, now_s: float, out: EffectBuffer) -> None:
-        self._engine_fault = event.message
-        for attempt in list(self._attempts.values()):
-            if attempt.has_transfer:
-                out.add(CancelTransfer(attempt.transfer_id))
-            self._drop(attempt, failure(attempt.number, EngineFailed(event.message)), out)
 
     # ---- routers -----------------------------------------------------------------------------------
 
@@ -238,25 +152,38 @@ class NodeCore(ABC):
         self, router_epoch: int, command: AttemptCommand, now_s: float, out: EffectBuffer
     ) -> None:
         transfer_id = TransferId(router_epoch, command.attempt)
-        attempt = self._attempts.get(sequence_key(transfer_id))
-        if isinstance(command, ReleaseKV):
-            if attempt is None:
-                out.report(router_epoch, KVReleased(command.attempt))
-            else:
-                attempt.is_orphan = False  # somebody does want to hear of it
-                self._end(attempt, KVReleased(command.attempt), out)
-        elif attempt is not None:
-            out.add(CloseRouter(router_epoch, f"attempt {command.attempt} was started twice"))
-        elif (error := self._why_refused(command)) is not None:
-            out.report(router_epoch, refusal(command.attempt, error))
-        else:
-            key = sequence_key(transfer_id)
-            attempt = Attempt(transfer_id, key, command.request, self._first_state(), now_s)
-            self._attempts[key] = attempt
-            self._start(attempt, command, out)
+        match command:
+            case ReleaseKV():
+                self._on_release_asked(transfer_id, out)
+            case StopPull():
+                self._stop_pull(transfer_id, now_s, out)
+            case _:
+                self._on_hold_asked(transfer_id, command, now_s, out)
 
-    def _why_refused(self, command: StartPrefill | ReserveDecode) -> KVRelayError | None:
-        if isinstance(command, StartPrefill) != (self.role is Role.PREFILL):
+    def _on_release_asked(self, transfer_id: TransferId, out: EffectBuffer) -> None:
+        attempt = self._attempts.get(sequence_key(transfer_id))
+        if attempt is None:
+            out.report(transfer_id.router_epoch, KVReleased(transfer_id.attempt))
+        else:
+            attempt.is_orphan = False  # somebody does want to hear of it
+            self._end(attempt, KVReleased(transfer_id.attempt), out)
+
+    def _on_hold_asked(
+        self, transfer_id: TransferId, command: HoldCommand, now_s: float, out: EffectBuffer
+    ) -> None:
+        key = sequence_key(transfer_id)
+        if self._is_known(key):
+            out.add(CloseRouter(transfer_id.router_epoch, f"attempt {command.attempt} was started twice"))
+        elif (error := self._why_refused(command)) is not None:
+            out.report(transfer_id.router_epoch, refusal(command.attempt, error))
+        else:
+            attempt = Attempt(transfer_id, key, command, self._first_state(command), now_s, submitted_s=now_s)
+            self._attempts[key] = attempt
+            self._start(attempt, out)
+
+    def _why_refused(self, command: HoldCommand) -> KVRelayError | None:
+        role_of = {StartPrefill: Role.PREFILL, ReserveDecode: Role.DECODE}
+        if role_of.get(type(command), self.role) is not self.role:
             return InvalidRequest(f"this is a {self.role} node, it cannot {type(command).__name__}")
         if self._engine_fault is not None:
             return EngineFailed(self._engine_fault)

@@ -47,7 +47,7 @@ def describe_node(
         block_size=info.block_size,
         max_num_seqs=info.max_num_seqs,
         eos_token_ids=info.eos_token_ids,
-        transfer_address=transfer.address if role is Role.DECODE else "",
+        transfer_address=transfer.address,
         transport=transfer.transport_note.partition(":")[0],
         tokenizer_digest=tokenizer_digest(tokenizer) if tokenizer is not None else "",
         host=socket.gethostname(),

@@ -24,8 +24,13 @@ from kvrelay.node.events import (
     EngineCommand,
     EngineDied,
     EngineEvent,
+    KeepPrefix,
+    PinPrefix,
     PrefillStarted,
+    PrefixHeld,
+    PrefixKept,
     ReleaseSequence,
+    ReservePrefix,
     ReserveSequence,
     SequenceRefused,
     SequenceReleased,
@@ -41,7 +46,8 @@ LOAD_INTERVAL_S: Final = 0.05
 """A busy engine's load is read no more often than this."""
 STALLED_WAIT_S: Final = 0.005
 """How long to wait for a command when a step computed nothing."""
-COMMANDS_PER_ATTEMPT: Final = 3
+COMMANDS_PER_ATTEMPT: Final = 5
+"""Most of all has a prefill that pulls: reserve, keep, submit, and two releases."""
 
 PushReady = Callable[[TransferId, KVReady], None]
 Deliver = Callable[[Sequence[EngineEvent], EngineLoad | None, KVChanges | None], None]
@@ -174,20 +180,28 @@ class EngineThread:
                 events.append(SequenceReleased(key))
             case StartDecode(key, first_token_id):
                 self._engine.start_decode(key, first_token_id)
-            case ReserveSequence() | SubmitPrefill():
-                self._admit(command, events)
+            case KeepPrefix(key, num_tokens):
+                events.append(PrefixKept(key, self._engine.keep_prefix(key, num_tokens)))
+            case _:
+                try:
+                    self._admit(command, events)
+                except KVRelayError as error:
+                    self._transfer_ids.pop(command.key, None)
+                    events.append(SequenceRefused(command.key, error))
 
-    def _admit(self, command: ReserveSequence | SubmitPrefill, events: list[EngineEvent]) -> None:
-        key = command.key
-        try:
-            if isinstance(command, ReserveSequence):
-                events.append(SequenceReserved(self._engine.reserve(command.request, key)))
-            else:
-                self._transfer_ids[key] = command.transfer_id
-                self._engine.submit_prefill(command.request, key)
-        except KVRelayError as error:
-            self._transfer_ids.pop(key, None)
-            events.append(SequenceRefused(key, error))
+    def _admit(
+        self, command: ReserveSequence | SubmitPrefill | PinPrefix | ReservePrefix, events: list[EngineEvent]
+    ) -> None:
+        match command:
+            case ReserveSequence(key, request):
+                events.append(SequenceReserved(self._engine.reserve(request, key)))
+            case SubmitPrefill(key, request, transfer_id):
+                self._transfer_ids[key] = transfer_id
+                self._engine.submit_prefill(request, key)
+            case PinPrefix(key, prefix):
+                events.append(PrefixHeld(self._engine.pin_prefix(prefix, key)))
+            case ReservePrefix(key, prefix):
+                events.append(PrefixHeld(self._engine.reserve_prefix(prefix, key)))
 
     def _on_kv_ready(self, ready: KVReady) -> None:
         transfer_id = self._transfer_ids.get(ready.key)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from kvrelay.core.errors import KVRelayError
-from kvrelay.core.ids import TransferId
+from kvrelay.core.ids import BlockId, TransferId
 from kvrelay.core.node_messages import Command, Report, Welcome
-from kvrelay.core.request import TokenLogprobs, TokenRequest
+from kvrelay.core.request import Prefix, TokenRequest
 from kvrelay.engine.interface import Reservation, SequenceKey, StepOutput
 from kvrelay.kv_transfer.interface import ExpectedTransfer, PushSpec, TransferEvent
+from kvrelay.node.token_columns import TokenColumns as TokenColumns
 
 # ---- events ----------------------------------------------------------------------------------------
 
@@ -44,8 +45,24 @@ class SequenceReserved:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixHeld:
+    """The engine holds the blocks that `PinPrefix` or `ReservePrefix` asked for."""
+
+    reservation: Reservation
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixKept:
+    """So many tokens of the prefix are in the prefix cache, 0: what came was seen to be wrong. The engine
+    holds nothing of it any more."""
+
+    key: SequenceKey
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class SequenceRefused:
-    """The engine did not take the sequence, and holds nothing of it."""
+    """The engine did not take the sequence, or the prefix, and holds nothing of it."""
 
     key: SequenceKey
     error: KVRelayError
@@ -53,7 +70,7 @@ class SequenceRefused:
 
 @dataclass(frozen=True, slots=True)
 class SequenceReleased:
-    """The engine holds nothing of the sequence any more."""
+    """The engine holds nothing of the sequence, or the prefix, any more."""
 
     key: SequenceKey
 
@@ -104,7 +121,14 @@ class Ticked:
 
 
 EngineEvent = (
-    SequenceReserved | SequenceRefused | SequenceReleased | PrefillStarted | StepFinished | EngineDied
+    SequenceReserved
+    | PrefixHeld
+    | PrefixKept
+    | SequenceRefused
+    | SequenceReleased
+    | PrefillStarted
+    | StepFinished
+    | EngineDied
 )
 NodeEvent = (
     RouterConnected
@@ -120,40 +144,6 @@ NodeEvent = (
 
 
 # ---- effects ---------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class TokenColumns:
-    """A `TokenBatch` while it grows. `logprobs` is empty, or has one entry per token."""
-
-    attempts: list[int] = field(default_factory=list)
-    first_indices: list[int] = field(default_factory=list)
-    counts: list[int] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
-
-    def append(self, attempt: int, index: int, token_id: int, logprobs: TokenLogprobs | None) -> None:
-        """One token of one attempt."""
-        if logprobs is not None or self.logprobs:
-            self._pad_logprobs()
-            self.logprobs.append(logprobs)
-        self.attempts.append(attempt)
-        self.first_indices.append(index)
-        self.counts.append(1)
-        self.token_ids.append(token_id)
-
-    def extend(self, other: TokenColumns) -> None:
-        """Append all of `other`."""
-        if other.logprobs or self.logprobs:
-            self._pad_logprobs()
-            self.logprobs.extend(other.logprobs or [None] * len(other.token_ids))
-        self.attempts.extend(other.attempts)
-        self.first_indices.extend(other.first_indices)
-        self.counts.extend(other.counts)
-        self.token_ids.extend(other.token_ids)
-
-    def _pad_logprobs(self) -> None:
-        self.logprobs.extend([None] * (len(self.token_ids) - len(self.logprobs)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +189,30 @@ class StartDecode:
 
 
 @dataclass(frozen=True, slots=True)
+class PinPrefix:
+    """Hold what the prefix cache has of it. Answered by `PrefixHeld` or `SequenceRefused`."""
+
+    key: SequenceKey
+    prefix: Prefix
+
+
+@dataclass(frozen=True, slots=True)
+class ReservePrefix:
+    """Take blocks for it. Answered by `PrefixHeld` or `SequenceRefused`."""
+
+    key: SequenceKey
+    prefix: Prefix
+
+
+@dataclass(frozen=True, slots=True)
+class KeepPrefix:
+    """The first `num_tokens` tokens of a reserved prefix are here. Answered by `PrefixKept`."""
+
+    key: SequenceKey
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class ReleaseSequence:
     """Answered by `SequenceReleased`, always."""
 
@@ -212,7 +226,9 @@ class TellKVSnapshot:
     router_epoch: int
 
 
-EngineCommand = SubmitPrefill | ReserveSequence | StartDecode | ReleaseSequence
+EngineCommand = (
+    SubmitPrefill | ReserveSequence | StartDecode | PinPrefix | ReservePrefix | KeepPrefix | ReleaseSequence
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +236,15 @@ class OpenPush:
     """Offer a transfer to its receiver."""
 
     spec: PushSpec
+
+
+@dataclass(frozen=True, slots=True)
+class PushPrefix:
+    """The opened transfer's KV of all layers is in those blocks, and that is all of it."""
+
+    transfer_id: TransferId
+    block_table: tuple[BlockId, ...]
+    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,11 +263,19 @@ class ExpectTransfer:
 
 
 @dataclass(frozen=True, slots=True)
+class RefuseTransfer:
+    """Whoever offers this transfer is told that nobody expects it. Of one that was not expected; not
+    answered."""
+
+    transfer_id: TransferId
+
+
+@dataclass(frozen=True, slots=True)
 class CancelTransfer:
     """Answered by `TransferCancelled`, always."""
 
     transfer_id: TransferId
 
 
-TransferCommand = OpenPush | FinishPush | ExpectTransfer | CancelTransfer
+TransferCommand = OpenPush | PushPrefix | FinishPush | ExpectTransfer | RefuseTransfer | CancelTransfer
 NodeEffect = SendFrame | CloseRouter | TellKVSnapshot | EngineCommand | TransferCommand

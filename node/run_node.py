@@ -61,7 +61,9 @@ def run_node(config: NodeConfig, make_core: MakeCore) -> int:
         # What has been loaded stays: the collector need not look at it again.
         gc.collect()
         gc.freeze()
-        core_config = NodeCoreConfig(_max_attempts(config), engine.info.fingerprint.digest)
+        core_config = NodeCoreConfig(
+            _max_attempts(config), engine.info.fingerprint.digest, config.pull_timeout_s
+        )
         with closing(engine), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_serve(config, make_core(core_config), engine, tokenizer))
     except KVRelayError as error:

@@ -11,45 +11,36 @@ from random import Random
 from typing import Final
 
 from kvrelay.core.clock import Clock
-from kvrelay.core.errors import KVRelayError
 from kvrelay.core.ids import NodeId, TransferId
 from kvrelay.core.kv import KVFingerprint, KVStore
 from kvrelay.core.kv_events import KVChanges
 from kvrelay.core.node_messages import NodeLoad, RouterFrame, Welcome
 from kvrelay.engine.interface import Engine, EngineLoad, KVReady
 from kvrelay.kv_transfer.config import KVTransferConfig
-from kvrelay.kv_transfer.interface import (
-    PushFailed,
-    ReceiveFailed,
-    TransferEvent,
-    TransferListener,
-)
+from kvrelay.kv_transfer.interface import TransferEvent, TransferListener
 from kvrelay.node.config import NodeConfig
 from kvrelay.node.core import NodeCore
 from kvrelay.node.description import ObservableTransfer, default_node_id, describe_node, node_load
 from kvrelay.node.engine_thread import EngineThread
 from kvrelay.node.events import (
-    CancelTransfer,
     CloseRouter,
     DrainRequested,
     DrainTimedOut,
     EngineDied,
     EngineEvent,
-    ExpectTransfer,
-    FinishPush,
     NodeEffect,
     NodeEvent,
-    OpenPush,
     RouterConnected,
     RouterFrameReceived,
     RouterStreamLost,
     SendFrame,
     TellKVSnapshot,
     Ticked,
-    TransferCancelled,
+    TransferCommand,
 )
 from kvrelay.node.kv_feed import KVFeed
 from kvrelay.node.router_link import RouterLink
+from kvrelay.node.transfer_commands import TransferCommands
 
 logger = logging.getLogger(__name__)
 
@@ -108,14 +99,16 @@ class NodeService:
         self._link_of_epoch: dict[int, RouterLink] = {}
         self._events: deque[NodeEvent] = deque()
         self._is_dispatching = False
-        self._cancels: set[asyncio.Task[None]] = set()
+        self._transfers = TransferCommands(
+            self._transfer, engine.kv.layout.num_layers, self._dispatch, self.on_crash
+        )
         self.idle = asyncio.Event()
         self.idle.set()
         self._ticker: asyncio.Task[None] | None = None
 
     @property
     def transfer_address(self) -> str:
-        """Where prefill nodes push KV to, ``host:port``; known after `start`."""
+        """Where other nodes send KV to, ``host:port``; known after `start`."""
         return self._transfer.address
 
     # ---- life --------------------------------------------------------------------------------------
@@ -168,8 +161,7 @@ class NodeService:
         if self._ticker is not None:
             self._ticker.cancel()
         await asyncio.gather(*[link.leave(at_once=at_once) for link in self._links])
-        if self._cancels:
-            await asyncio.wait(self._cancels, timeout=HAND_BACK_TIMEOUT_S)
+        await self._transfers.wait_cancelled(HAND_BACK_TIMEOUT_S)
         await self._transfer.close()
         if not await asyncio.to_thread(self._engine_thread.stop, ENGINE_STOP_TIMEOUT_S):
             logger.error("the engine's step did not end within %g s", ENGINE_STOP_TIMEOUT_S)
@@ -268,6 +260,9 @@ class NodeService:
         self._tell_load()
 
     def _perform(self, effect: NodeEffect) -> None:
+        if isinstance(effect, TransferCommand):
+            self._transfers.perform(effect)
+            return
         match effect:
             case SendFrame(router_epoch, tokens, reports):
                 if (link := self._link_of_epoch.get(router_epoch)) is not None:
@@ -278,29 +273,5 @@ class NodeService:
             case TellKVSnapshot(router_epoch):
                 if (link := self._link_of_epoch.get(router_epoch)) is not None:
                     link.send_kv_snapshot()
-            case OpenPush(spec):
-                try:
-                    self._transfer.open_push(spec)
-                except KVRelayError as error:
-                    self._events.append(PushFailed(spec.transfer_id, error))
-            case ExpectTransfer(expected):
-                try:
-                    self._transfer.expect(expected)
-                except KVRelayError as error:
-                    self._events.append(ReceiveFailed(expected.transfer_id, error))
-            case FinishPush(transfer_id, output_token_id):
-                self._transfer.finish_push(transfer_id, output_token_id)
-            case CancelTransfer(transfer_id):
-                task = asyncio.create_task(self._cancel(transfer_id))
-                self._cancels.add(task)
-                task.add_done_callback(self._cancels.discard)
             case _:
                 self._engine_thread.send(effect)
-
-    async def _cancel(self, transfer_id: TransferId) -> None:
-        try:
-            await self._transfer.cancel(transfer_id)
-        except Exception as error:  # its own task's outermost frame: a bug ends the process
-            self.on_crash(error)
-            return
-        self._dispatch(TransferCancelled(transfer_id))

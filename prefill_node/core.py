@@ -3,6 +3,12 @@
     state         what happened                     what follows
     ------------  --------------------------------  ---------------------------------------------------
     (new)         StartPrefill                      open the push, submit              -> PREFILLING
+                  StartPrefill with a pull          pull (see `pulling_core`)          -> PULLING
+    PULLING       the pull is over, or failed       open the push, submit              -> PREFILLING
+                  ReleaseKV, lease ran out          end with KVReleased
+                  drain timed out                   end with AttemptFailed
+                      if a transfer is open         cancel it                          -> CANCELLING
+                      else                          release the sequence               -> RELEASING
     PREFILLING    first token                       token + PrefillFinished, finish    -> HANDING_OFF
                   first token, and it is the last   token + PrefillFinished;
                                                       end with AttemptFinished         -> CANCELLING
@@ -27,20 +33,24 @@ from typing import ClassVar, Final
 
 from kvrelay.core.node_messages import (
     AttemptFinished,
-    KVReleased,
+    HoldCommand,
     PrefillFinished,
-    ReserveDecode,
     Role,
     StartPrefill,
 )
 from kvrelay.engine.interface import SequenceOutput
-from kvrelay.kv_transfer.interface import PushDone, PushSpec
-from kvrelay.node.attempt import ENDING, Attempt, AttemptState, Transitions, prompt_digest, sequence_key
-from kvrelay.node.core import NodeCore
+from kvrelay.kv_transfer.interface import PushSpec
+from kvrelay.node.attempt import ENDING, Attempt, AttemptState, Transitions, prompt_digest
 from kvrelay.node.effect_buffer import EffectBuffer
 from kvrelay.node.events import FinishPush, OpenPush, PrefillStarted, StepFinished, SubmitPrefill
+from kvrelay.node.sending_core import SENDING_TRANSITIONS
+from kvrelay.prefill_node.pulling_core import PullingNodeCore
 
 TRANSITIONS: Final[Transitions] = {
+    **SENDING_TRANSITIONS,
+    AttemptState.PULLING: frozenset(
+        {AttemptState.PREFILLING, AttemptState.CANCELLING, AttemptState.RELEASING}
+    ),
     AttemptState.PREFILLING: frozenset(
         {AttemptState.HANDING_OFF, AttemptState.CANCELLING, AttemptState.RELEASING}
     ),
@@ -50,26 +60,40 @@ TRANSITIONS: Final[Transitions] = {
 }
 
 
-class PrefillNodeCore(NodeCore):
+class PrefillNodeCore(PullingNodeCore):
     """Decides for a prefill node; see the module's text."""
 
     role: ClassVar[Role] = Role.PREFILL
     transitions: ClassVar[Transitions] = TRANSITIONS
 
-    def _first_state(self) -> AttemptState:
-        return AttemptState.PREFILLING
-
-    def _start(self, attempt: Attempt, command: StartPrefill | ReserveDecode, out: EffectBuffer) -> None:
+    def _first_state_of_role(self, command: HoldCommand) -> AttemptState:
         assert isinstance(command, StartPrefill)
+        return AttemptState.PREFILLING if command.pull is None else AttemptState.PULLING
+
+    def _start_of_role(self, attempt: Attempt, out: EffectBuffer) -> None:
+        assert isinstance(attempt.command, StartPrefill)
+        if attempt.command.pull is None:
+            self._submit(attempt, out)
+        else:
+            self._start_pull(attempt, attempt.command, out)
+
+    def _prefill(self, attempt: Attempt, now_s: float, out: EffectBuffer) -> None:
+        attempt.submitted_s = now_s
+        self._move(attempt, AttemptState.PREFILLING)
+        self._submit(attempt, out)
+
+    def _submit(self, attempt: Attempt, out: EffectBuffer) -> None:
+        assert isinstance(attempt.command, StartPrefill)
+        request = attempt.command.request
         spec = PushSpec(
             attempt.transfer_id,
-            command.decode_address,
-            len(attempt.request.token_ids),
-            prompt_digest(attempt.request, self._config.fingerprint_digest),
+            attempt.command.decode_address,
+            len(request.token_ids),
+            prompt_digest(request, self._config.fingerprint_digest),
         )
         attempt.has_transfer = True
         out.add(OpenPush(spec))
-        out.add(SubmitPrefill(attempt.key, attempt.request, attempt.transfer_id))
+        out.add(SubmitPrefill(attempt.key, request, attempt.transfer_id))
 
     def _on_prefill_started(self, event: PrefillStarted, now_s: float, out: EffectBuffer) -> None:
         attempt = self._attempts.get(event.key)
@@ -95,19 +119,18 @@ class PrefillNodeCore(NodeCore):
                 attempt.number, output.index, output.token_id, output.logprobs
             )
         started_s = now_s if attempt.started_s is None else attempt.started_s
-        queue_s, compute_s = max(0.0, started_s - attempt.received_s), max(0.0, now_s - started_s)
-        finished = PrefillFinished(attempt.number, attempt.num_cached_tokens, queue_s, compute_s)
+        finished = PrefillFinished(
+            attempt.number,
+            attempt.num_cached_tokens,
+            queue_s=max(0.0, started_s - attempt.submitted_s),
+            compute_s=max(0.0, now_s - started_s),
+            num_pulled_tokens=attempt.num_pulled_tokens,
+            pull_s=attempt.submitted_s - attempt.received_s,
+            pull_error=attempt.pull_error,
+        )
         self._tell(attempt, finished, out)  # Of a one-token answer, too: it says what the cache held.
         if output.finish_reason is not None:
             self._end(attempt, AttemptFinished(attempt.number, output.finish_reason), out)
             return
         self._move(attempt, AttemptState.HANDING_OFF)
         out.add(FinishPush(attempt.transfer_id, output.token_id))
-
-    def _on_push_done(self, event: PushDone, now_s: float, out: EffectBuffer) -> None:
-        attempt = self._attempts.get(sequence_key(event.transfer_id))
-        if attempt is None or attempt.state in ENDING:
-            return  # acknowledged while the cancel was on its way
-        assert attempt.state is AttemptState.HANDING_OFF, f"{attempt.key}: pushed while {attempt.state}"
-        attempt.has_transfer = False
-        self._end(attempt, KVReleased(attempt.number), out)

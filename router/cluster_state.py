@@ -15,7 +15,7 @@ from kvrelay.core.node_messages import NodeDescription, NodeLoad, Role
 from kvrelay.router.block_index import BlockIndex
 from kvrelay.router.config import RouterCoreConfig
 from kvrelay.router.kv_intake import KVIntake, NodeHoldings
-from kvrelay.router.ledger import Attempt, Side
+from kvrelay.router.ledger import Attempt, Pull, Side
 from kvrelay.router.placement import NodeView, PlacementRequest
 from kvrelay.router.steady_run import SteadyRun
 from kvrelay.router.step_timer import StepTimer
@@ -50,6 +50,8 @@ class NodeState:
     is_draining: bool = False
     load: NodeLoad | None = None
     in_flight: dict[AttemptId, Attempt] = field(default_factory=dict)
+    sends: dict[AttemptId, Pull] = field(default_factory=dict)
+    """Unsettled pulls that it is the holder of."""
     outstanding_prefill_tokens: int = 0
     reserved_blocks: int = 0
     full_since_s: float | None = None

@@ -17,6 +17,7 @@ def check_books(ledger: Ledger, cluster: ClusterState, queue: AdmissionQueue) ->
     _check_streams(ledger)
     _check_queue(ledger, queue)
     _check_attempts(ledger, cluster)
+    _check_pulls(ledger, cluster)
     _check_nodes(ledger, cluster)
 
 
@@ -101,6 +102,25 @@ def _check_attempts(ledger: Ledger, cluster: ClusterState) -> None:
     for entry in (*ledger.requests.values(), *ledger.closing.values()):
         assert entry.num_unsettled_attempts == unsettled[entry.serial]
     assert all(attempt_id in ledger.attempts for attempt_id, _ in ledger.releasing)
+
+
+def _check_pulls(ledger: Ledger, cluster: ClusterState) -> None:
+    for pull_id, pull in ledger.pulls.items():
+        attempt, holder = pull.attempt, pull.holder
+        assert pull.pull_id == pull_id
+        assert attempt.pull is pull
+        assert holder.state is not SideState.SETTLED, f"pull {pull_id} is kept for nothing"
+        holders = [node for node in cluster.nodes.values() if pull_id in node.sends]
+        assert [node.description.node_id for node in holders] == [holder.node_id]
+        assert (holder.state is SideState.RELEASING) == (pull_id in ledger.releasing_pulls)
+        is_wanted = attempt.is_current and attempt.entry.state is RequestState.PREFILLING
+        assert is_wanted or holder.state is SideState.RELEASING, f"pull {pull_id} is a forgotten hold"
+    assert ledger.releasing_pulls.keys() <= ledger.pulls.keys()
+    for node in cluster.nodes.values():
+        assert all(ledger.pulls.get(pull_id) is pull for pull_id, pull in node.sends.items())
+    for attempt in ledger.attempts.values():
+        own = attempt.pull
+        assert own is None or (own.holder.state is SideState.SETTLED) == (own.pull_id not in ledger.pulls)
 
 
 def _check_nodes(ledger: Ledger, cluster: ClusterState) -> None:

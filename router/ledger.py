@@ -9,7 +9,8 @@
 
 A request has at most one current attempt. An attempt has two sides, one per node, and each side ends by
 exactly one settlement: the node's terminal report, the node's loss, or the end of an unacknowledged hold.
-An attempt stays on the books until both sides are settled; nothing else drops it.
+An attempt stays on the books until both sides are settled; nothing else drops it. An attempt may have a pull,
+whose holder's side is on the books by itself (see `kvrelay.router.pulls`).
 """
 
 from __future__ import annotations
@@ -157,6 +158,7 @@ class Attempt:
     eos_token_ids: frozenset[int]
     is_verified: bool = False
     early_finish: FinishReason | None = None
+    pull: Pull | None = None
 
     def side(self, role: Role) -> Side:
         return self.prefill if role is Role.PREFILL else self.decode
@@ -176,15 +178,29 @@ class Attempt:
 
 
 @dataclass(slots=True, eq=False)
+class Pull:
+    """What an attempt's prefill node takes from the node of `holder`, which sends it as `pull_id`."""
+
+    pull_id: AttemptId
+    attempt: Attempt
+    holder: Side
+    num_tokens: int
+
+
+@dataclass(slots=True, eq=False)
 class Ledger:
     """All live requests, all unsettled attempts, and the requests that ended but are not yet settled."""
 
     requests: dict[RequestId, RequestEntry] = field(default_factory=dict)
     streams: dict[SessionId, dict[int, RequestEntry]] = field(default_factory=dict)
     attempts: dict[AttemptId, Attempt] = field(default_factory=dict)
+    pulls: dict[AttemptId, Pull] = field(default_factory=dict)
+    """Unsettled ones."""
     closing: dict[int, RequestEntry] = field(default_factory=dict)
     releasing: OrderedDict[tuple[AttemptId, Role], float] = field(default_factory=OrderedDict)
     """When each unanswered `ReleaseKV` was sent, oldest first."""
+    releasing_pulls: OrderedDict[AttemptId, float] = field(default_factory=OrderedDict)
+    """The same of pulls."""
     earliest_deadline_s: float = math.inf
     """No live request's deadline is before this; so that a tick need not look at them all."""
     num_requests_ever: int = 0
@@ -209,6 +225,7 @@ class Ledger:
         return self.num_requests_ever
 
     def next_attempt_id(self) -> AttemptId:
+        """For an attempt, or a pull."""
         self.num_attempts_ever += 1
         return AttemptId(self.num_attempts_ever)
 

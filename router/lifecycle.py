@@ -24,6 +24,7 @@ from kvrelay.router.events import DeliverFailed, DeliverFinished, Effect, Reques
 from kvrelay.router.ledger import Attempt, Ledger, RequestEntry, RequestState, Side, SideState
 from kvrelay.router.placement import Decision, PlacementPolicy
 from kvrelay.router.placement_memory import PlacementMemory
+from kvrelay.router.pulls import Pulls, pull_order
 from kvrelay.router.views import Counters
 
 
@@ -41,6 +42,10 @@ class Lifecycle:
     policy: PlacementPolicy
     effects: list[Effect] = field(default_factory=list)
     has_news_for_queue: bool = False
+    pulls: Pulls = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pulls = Pulls(self.config, self.cluster, self.ledger, self.counters)
 
     # ---- starting -------------------------------------------------------------------------------
 
@@ -73,8 +78,10 @@ class Lifecycle:
         decode.take(attempt, attempt.decode)
         self._note_dispatch(entry, decision, now_s)
         attempt_id, address = attempt.attempt_id, decode.description.transfer_address
+        self.effects.extend(self.pulls.order(attempt, request, decision))
         self.effects.append(SendCommand(decision.decode_node, ReserveDecode(attempt_id, request)))
-        self.effects.append(SendCommand(decision.prefill_node, StartPrefill(attempt_id, request, address)))
+        start = StartPrefill(attempt_id, request, address, pull_order(attempt))
+        self.effects.append(SendCommand(decision.prefill_node, start))
         return attempt
 
     def _note_dispatch(self, entry: RequestEntry, decision: Decision, now_s: float) -> None:
@@ -151,6 +158,7 @@ class Lifecycle:
             return
         for role in Role:
             self.release(attempt, role, now_s)
+        self.effects.extend(self.pulls.release(attempt, now_s))
         self.ledger.drop_if_settled(attempt)
 
     def release(self, attempt: Attempt, role: Role, now_s: float) -> None:
@@ -234,6 +242,7 @@ class Lifecycle:
 
     def expire_holds(self, now_s: float) -> None:
         """Count releases that are overdue; strike those whose lease must have ended."""
+        self.pulls.expire(now_s)
         for (attempt_id, role), released_s in list(self.ledger.releasing.items()):
             if now_s - released_s < self.config.ack_timeout_s:
                 break
@@ -266,4 +275,5 @@ def _report(entry: RequestEntry, now_s: float) -> RequestReport:
         kv_messages=handoff.num_messages if handoff else 0,
         kv_seconds=handoff.seconds if handoff else 0.0,
         kv_transport=handoff.transport if handoff else "",
+        num_pulled_tokens=entry.prefilled.num_pulled_tokens if entry.prefilled else 0,
     )

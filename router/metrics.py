@@ -24,6 +24,9 @@ _COUNTERS: Final = {
     "attempts_failed": "Attempts that failed.",
     "nodes_lost": "Node streams that were lost.",
     "prompt_tokens": "Prompt tokens of finished requests.",
+    "pulls": "Prefixes that a prefill node was to take from another node.",
+    "pulls_failed": "Prefixes that could not be taken, and were computed.",
+    "pulled_tokens": "Prompt tokens whose KV a prefill node took from another node.",
     "kv_bytes": "Bytes of KV that were handed off.",
     "overdue_releases": "Releases that a node did not acknowledge in time.",
 }

@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from typing import Final
 
-from kvrelay.core.node_messages import Command, ReleaseKV, RouterFrame, SendKVSnapshot
+from kvrelay.core.node_messages import Command, ReserveDecode, RouterFrame, SendPrefix, StartPrefill
 
 MAX_BYTES_PER_FRAME: Final = 10_000_000
 """Of requests in one frame, so that a frame of many fits gRPC's message limit."""
@@ -58,8 +58,7 @@ class NodeOutbox:
         num_bytes = 0
         while self._commands:
             command = self._commands[0]
-            if not isinstance(command, ReleaseKV | SendKVSnapshot):
-                num_bytes += command.request.max_message_bytes
+            num_bytes += _message_bytes(command)
             if taken and num_bytes > MAX_BYTES_PER_FRAME:
                 break
             taken.append(self._commands.popleft())
@@ -68,3 +67,14 @@ class NodeOutbox:
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+def _message_bytes(command: Command) -> int:
+    """At most so many bytes are what the command carries, but for some hundred."""
+    match command:
+        case StartPrefill() | ReserveDecode():
+            return command.request.max_message_bytes
+        case SendPrefix():
+            return command.prefix.max_message_bytes
+        case _:
+            return 0

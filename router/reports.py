@@ -57,7 +57,10 @@ def _apply_report(life: Lifecycle, node: NodeState, report: Report, now_s: float
         life.policy.note_draining(node)
         return
     attempt = node.in_flight.get(report.attempt)
-    if attempt is None:
+    pull = node.sends.get(report.attempt)
+    if pull is not None and isinstance(report, _TERMINAL):
+        life.effects.extend(life.pulls.on_report(pull, report))
+    elif attempt is None:
         life.counters.num_stray_reports += 1
         if not isinstance(report, _TERMINAL):
             life.effects.append(SendCommand(node.description.node_id, ReleaseKV(report.attempt)))
@@ -102,6 +105,8 @@ def _apply_prefill_finished(
     node.record_computed(attempt.prefill)
     life.has_news_for_queue = True
     entry.prefilled, entry.prefilled_s = report, now_s
+    life.pulls.count(attempt, report)
+    life.effects.extend(life.pulls.release(attempt, now_s))
     entry.move_to(RequestState.HANDING_OFF)
     _move_if_decoding(attempt)
     if attempt.early_finish is not None:
@@ -209,6 +214,7 @@ def apply_loss(life: Lifecycle, node: NodeState, reason: str, now_s: float) -> N
     attempts = sorted(node.in_flight.values(), key=lambda attempt: attempt.entry.serial, reverse=True)
     life.cluster.remove_node(node, now_s)
     life.policy.note_lost(node)
+    life.effects.extend(life.pulls.on_holder_lost(node))
     for attempt in attempts:
         life.settle(attempt, role, now_s)
         if attempt.is_current and not survives_loss_of(attempt, role):

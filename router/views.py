@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from kvrelay.core.cluster_view import IndexState
@@ -10,7 +11,7 @@ from kvrelay.core.node_messages import NodeDescription, NodeLoad, Role
 from kvrelay.router.admission import AdmissionQueue
 from kvrelay.router.block_index import BlockIndex
 from kvrelay.router.cluster_state import ClusterState, FingerprintMismatch, ModelState, NodeState
-from kvrelay.router.ledger import Ledger, RequestState, SideState
+from kvrelay.router.ledger import Ledger, RequestState, Side, SideState
 
 
 @dataclass(slots=True)
@@ -40,6 +41,11 @@ class Counters:
     num_stray_reports: int = 0
     num_overdue_releases: int = 0
     num_expired_holds: int = 0
+    num_pulls: int = 0
+    """Prefixes that nodes were told to send to others."""
+    num_pulls_failed: int = 0
+    """Of those whose prompt was computed: what could not be pulled, and was computed."""
+    num_pulled_tokens: int = 0
     kv_bytes: int = 0
     num_kv_events: int = 0
     num_kv_gaps: int = 0
@@ -87,6 +93,7 @@ class ClusterStatus:
     num_requests_by_state: dict[RequestState, int]
     num_sessions: int
     num_unsettled_attempts: int
+    """Pulls among them."""
     counters: Counters
     index: IndexState
 
@@ -110,7 +117,7 @@ def cluster_status(
         models=tuple(_model_status(model, queue) for model in cluster.models.values()),
         num_requests_by_state=by_state,
         num_sessions=len(ledger.streams),
-        num_unsettled_attempts=len(ledger.attempts),
+        num_unsettled_attempts=len(ledger.attempts) + len(ledger.pulls),
         counters=replace(
             counters,
             num_failed_by_code=Counter(counters.num_failed_by_code),
@@ -126,22 +133,25 @@ def _index_state(index: BlockIndex) -> IndexState:
 
 
 def _node_status(cluster: ClusterState, node: NodeState, now_s: float) -> NodeStatus:
-    role = node.description.role
     return NodeStatus(
         description=node.description,
         load=node.load,
         is_draining=node.is_draining,
         is_full=node.is_full(now_s),
         is_index_stale=cluster.kv.is_stale(node.holdings, now_s),
-        num_in_flight=node.num_in_flight,
-        num_releasing=sum(
-            attempt.side(role).state is SideState.RELEASING for attempt in node.in_flight.values()
-        ),
+        num_in_flight=node.num_in_flight + len(node.sends),
+        num_releasing=sum(side.state is SideState.RELEASING for side in _sides(node)),
         num_overdue=node.num_overdue,
         outstanding_prefill_tokens=node.outstanding_prefill_tokens,
         reserved_blocks=node.reserved_blocks,
         attached_for_s=now_s - node.attached_s,
     )
+
+
+def _sides(node: NodeState) -> Iterator[Side]:
+    """All that it holds, or did a moment ago."""
+    yield from (attempt.side(node.description.role) for attempt in node.in_flight.values())
+    yield from (pull.holder for pull in node.sends.values())
 
 
 def _model_status(model: ModelState, queue: AdmissionQueue) -> ModelStatus:

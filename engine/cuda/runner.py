@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kvrelay.core.ids import BlockId
 from kvrelay.core.kv import KVStore
 from kvrelay.core.request import TokenRequest
 from kvrelay.engine.cuda.copy_stream import Mark
@@ -18,7 +19,7 @@ from kvrelay.engine.cuda.prefill_step import PrefillStep
 from kvrelay.engine.executor import DrawFailed, DrawnToken, Launched, LayerDone
 from kvrelay.engine.host_tier import BlockCopy
 from kvrelay.engine.model_runner import ModelRunner
-from kvrelay.engine.sequence import Chunk, LiveSequence
+from kvrelay.engine.sequence import Chunk
 
 if TYPE_CHECKING:  # they need Triton
     from kvrelay.engine.cuda.decode_graphs import DecodeGraphs, GraphStep
@@ -70,8 +71,8 @@ class CudaRunner:
             self._kv.mark_written(at=self._restored)
             self._restored = None
 
-    def check_received(self, sequence: LiveSequence) -> str | None:
-        return self._eager.check_received(sequence)
+    def check_received(self, token_ids: Sequence[int], block_table: Sequence[BlockId]) -> str | None:
+        return self._eager.check_received(token_ids, block_table)
 
     def can_launch(self, chunks: Sequence[Chunk]) -> bool:
         if not all(is_plain(chunk.sequence) for chunk in chunks if chunk.samples):

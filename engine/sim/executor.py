@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvrelay.core.errors import InvalidRequest
+from kvrelay.core.ids import BlockId
 from kvrelay.core.kv import KVLayout
 from kvrelay.core.request import TokenLogprobs, TokenRequest
 from kvrelay.engine.executor import DrawFailed, DrawnToken, LayerDone
@@ -93,11 +94,10 @@ class SimExecutor:
     def reveal_restored(self) -> None:
         return
 
-    def check_received(self, sequence: LiveSequence) -> str | None:
-        sums = self._stamps.prefix_sums(sequence.token_ids)
-        expected = self._stamps.stamps(sums)
-        num_tokens = len(sequence.token_ids)
-        for slot, offset, num in slot_runs(sequence.block_table, range(num_tokens), self._block_size):
+    def check_received(self, token_ids: Sequence[int], block_table: Sequence[BlockId]) -> str | None:
+        expected = self._stamps.stamps(self._stamps.prefix_sums(token_ids))
+        num_tokens = len(token_ids)
+        for slot, offset, num in slot_runs(block_table, range(num_tokens), self._block_size):
             if not np.array_equal(
                 self._cache[:, :, slot : slot + num], expected[:, :, offset : offset + num]
             ):

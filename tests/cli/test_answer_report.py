@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -52,6 +53,12 @@ def test_summary_says_when_nothing_moved_and_when_it_took_several_attempts() -> 
     text = "\n".join(summary_lines(make_result(kv_bytes=0, num_attempts=3)))
     assert "KV moved   nothing" in text
     assert "p0 -> d0 (attempt 3)" in text
+
+
+def test_summary_tells_what_came_from_another_node() -> None:
+    result = make_result()
+    result = replace(result, report=replace(result.report, num_pulled_tokens=8))
+    assert "40 tokens, 16 of them cached, 8 of these from another node" in "\n".join(summary_lines(result))
 
 
 def test_json_of_a_result_can_be_written() -> None:

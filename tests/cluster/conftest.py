@@ -28,6 +28,8 @@ from kvrelay.engine.config import EngineConfig
 from kvrelay.engine.factory import load_engine
 from kvrelay.engine.interface import SequenceKey
 
+REPOSITORY = Path(__file__).parents[2]
+CLI = "kvrelay.cli"
 START_TIMEOUT_S = 120.0
 SETTLE_TIMEOUT_S = 60.0
 
@@ -118,16 +120,17 @@ def _is_idle(state: ClusterState) -> bool:
     return True
 
 
-def _spawn(folder: Path, name: str, args: Sequence[str]) -> ServiceProcess:
+def _spawn(folder: Path, name: str, args: Sequence[str], module: str = CLI) -> ServiceProcess:
     ready_file, log_file = folder / f"{name}.ready.json", folder / f"{name}.log"
     ready_file.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "kvrelay.cli", *args, "--ready-file", str(ready_file)]
+    command = [sys.executable, "-m", module, *args, "--ready-file", str(ready_file)]
     with log_file.open("ab") as log:
         popen = subprocess.Popen(
             command,
             stdout=log,
             stderr=log,
             stdin=subprocess.DEVNULL,
+            cwd=REPOSITORY,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
     return ServiceProcess(name, popen, ready_file, log_file)
@@ -150,10 +153,12 @@ class ClusterStarter:
         prefill_args: Sequence[str] = (),
         decode_args: Sequence[str] = (),
         router_args: Sequence[str] = (),
+        router_module: str = CLI,
     ) -> Cluster:
         folder = self.folder / f"cluster{len(self.clusters)}"
         folder.mkdir()
-        cluster = Cluster(self.spawn_router(folder, ["--port", "0", *router_args]), {}, folder)
+        router = self.spawn_router(folder, ["--port", "0", *router_args], module=router_module)
+        cluster = Cluster(router, {}, folder)
         self.clusters.append(cluster)
         for index in range(num_prefill):
             self.add_node(cluster, "prefill", f"p{index}", [*node_args, *prefill_args])
@@ -163,9 +168,11 @@ class ClusterStarter:
             node.wait_ready()
         return cluster
 
-    def spawn_router(self, folder: Path, args: Sequence[str], name: str = "router") -> ServiceProcess:
+    def spawn_router(
+        self, folder: Path, args: Sequence[str], name: str = "router", module: str = CLI
+    ) -> ServiceProcess:
         """A router that is ready."""
-        router = _spawn(folder, name, ["router", "--host", "127.0.0.1", "--http-port", "0", *args])
+        router = _spawn(folder, name, ["router", "--host", "127.0.0.1", "--http-port", "0", *args], module)
         self.routers.append(router)
         router.wait_ready()
         return router

@@ -27,17 +27,20 @@ from kvrelay.core.node_messages import (
     NodeFrame,
     NodeLoad,
     PrefillFinished,
+    PullOrder,
     ReleaseKV,
     Reserved,
     ReserveDecode,
     Role,
     RouterFrame,
     SendKVSnapshot,
+    SendPrefix,
     StartPrefill,
+    StopPull,
     TokenBatch,
     Welcome,
 )
-from kvrelay.core.request import FinishReason, TokenLogprobs, TokenRequest
+from kvrelay.core.request import FinishReason, Prefix, TokenLogprobs, TokenRequest
 from kvrelay.core.request_report import RequestReport
 from kvrelay.core.sampling import Grammar, GrammarKind, SamplingParams
 from kvrelay.core.tokenizer_chunk import TokenizerChunk
@@ -116,7 +119,7 @@ def token_batches(draw):
 
 REPORT = st.one_of(
     st.builds(Reserved, ATTEMPT, COUNT),
-    st.builds(PrefillFinished, ATTEMPT, COUNT, SECONDS, SECONDS),
+    st.builds(PrefillFinished, ATTEMPT, COUNT, SECONDS, SECONDS, COUNT, SECONDS, words()),
     st.builds(HandoffVerified, ATTEMPT, UINT64, COUNT, SECONDS, words()),
     st.builds(AttemptRefused, ATTEMPT, words(min_size=1), words(), words()),
     st.builds(AttemptFinished, ATTEMPT, st.sampled_from(FinishReason)),
@@ -142,9 +145,21 @@ NODE_FRAME = st.builds(
     st.none() | CHUNK,
     st.none() | KV_EVENT,
 )
+
+
+@st.composite
+def start_prefills(draw):
+    request = draw(token_requests())
+    pull = st.builds(PullOrder, ATTEMPT, st.integers(1, len(request.token_ids)))
+    return StartPrefill(draw(ATTEMPT), request, draw(words(min_size=1)), draw(st.none() | pull))
+
+
+PREFIX = st.builds(Prefix, st.lists(TOKEN_ID, min_size=1, max_size=16).map(tuple), st.binary(max_size=256))
 COMMAND = st.one_of(
-    st.builds(StartPrefill, ATTEMPT, token_requests(), words(min_size=1)),
+    start_prefills(),
     st.builds(ReserveDecode, ATTEMPT, token_requests()),
+    st.builds(SendPrefix, ATTEMPT, PREFIX, words(min_size=1)),
+    st.builds(StopPull, ATTEMPT),
     st.builds(ReleaseKV, ATTEMPT),
     st.builds(SendKVSnapshot),
 )
@@ -200,6 +215,7 @@ RUN_REPORT = st.builds(
     kv_messages=COUNT,
     kv_seconds=SECONDS,
     kv_transport=words(),
+    num_pulled_tokens=COUNT,
 )
 ACCEPTED = st.builds(CallAccepted, words(min_size=1), st.none() | st.integers(0, 2**63 - 1))
 FINISHED = st.builds(CallFinished, st.sampled_from(FinishReason), RUN_REPORT)
@@ -326,6 +342,9 @@ MEASURED = st.builds(
     kv_transport=words(),
     handoff_s=st.none() | SECONDS,
     num_held_tokens=st.none() | COUNT,
+    num_pulled_tokens=COUNT,
+    pull_s=SECONDS,
+    pull_error=words(),
 )
 EXPLANATION = st.builds(
     Explanation,
@@ -339,6 +358,8 @@ EXPLANATION = st.builds(
         some(CANDIDATE).map(tuple),
         words(),
         st.none() | SECONDS,
+        st.none() | words(min_size=1),
+        COUNT,
     ),
     MEASURED,
     words(),

@@ -204,6 +204,8 @@ def test_hello_and_welcome_come_once():
         ("reports.attempt_failed.code", {"attempt": 1, "attempt_failed": {"message": "x"}}),
         ("reports.attempt_finished.finish_reason", {"attempt": 1, "attempt_finished": {}}),
         ("reports.prefill_finished.queue_s", {"attempt": 1, "prefill_finished": {"queue_s": -1}}),
+        ("reports.prefill_finished.pull_s", {"attempt": 1, "prefill_finished": {"pull_s": -1}}),
+        ("reports.prefill_finished.pull_error", {"attempt": 1, "prefill_finished": {"pull_error": "\n"}}),
         (
             "reports.handoff_verified.seconds",
             {"attempt": 1, "handoff_verified": {"seconds": float("inf")}},
@@ -213,6 +215,35 @@ def test_hello_and_welcome_come_once():
 def test_a_bad_report_is_named(field, report):
     pb = cluster_pb2.NodeFrame(reports=[cluster_pb2.Report(**report)])
     assert refused_field(cluster.decode_node_frame, pb) == field
+
+
+def start_prefill(**changes):
+    request = {"token_ids": [1, 2], "num_prompt_tokens": 2}
+    return {"attempt": 1, "start_prefill": {"request": request, "decode_address": "d:1", **changes}}
+
+
+def send_prefix(**changes):
+    return {"attempt": 1, "send_prefix": {"token_ids": [1, 2], "address": "p:1", **changes}}
+
+
+@pytest.mark.parametrize(
+    ("field", "command"),
+    [
+        ("commands.kind", {"attempt": 1}),
+        ("commands.attempt", {"release_kv": {}}),
+        ("commands.attempt", send_prefix() | {"attempt": 0}),
+        ("commands.start_prefill.decode_address", start_prefill(decode_address="")),
+        ("commands.start_prefill.num_pull_tokens", start_prefill(pull_attempt=2)),
+        ("commands.start_prefill.num_pull_tokens", start_prefill(pull_attempt=2, num_pull_tokens=3)),
+        ("commands.send_prefix.address", send_prefix(address="")),
+        ("commands.send_prefix.token_ids", send_prefix(token_ids=[])),
+        ("commands.send_prefix.token_ids", send_prefix(token_ids=[2**31])),
+        ("commands.send_prefix.cache_salt", send_prefix(cache_salt=b"x" * 257)),
+    ],
+)
+def test_a_bad_command_is_named(field, command):
+    pb = cluster_pb2.RouterFrame(commands=[cluster_pb2.Command(**command)])
+    assert refused_field(cluster.decode_router_frame, pb) == field
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from kvrelay.core.errors import ConfigError, EngineFailed
-from kvrelay.core.request import TokenRequest
+from kvrelay.core.request import Prefix, TokenRequest
 from kvrelay.core.sampling import SamplingParams
 from kvrelay.engine.config import EngineConfig
 from kvrelay.engine.interface import SequenceKey
@@ -125,6 +125,53 @@ def test_every_rank_brings_its_part_back_from_the_host(folder: Path, num_threads
             found.append(answers)
             assert (engine.load().host_hit_tokens > 0) == (num_ranks == 2)
     assert found[1] == found[0]
+
+
+def move_prefix(source: TorchEngine, target: TorchEngine, request: TokenRequest) -> int:
+    """Through host memory, as a transfer would; returns how many tokens `target` has then."""
+    key, layers = SequenceKey("prefix"), range(source.kv.layout.num_layers)
+    pinned = source.pin_prefix(Prefix(request.token_ids), key)
+    reserved = target.reserve_prefix(Prefix(request.token_ids), key)
+    moved, num_bytes = (
+        range(pinned.num_cached_tokens),
+        pinned.num_cached_tokens * source.kv.layout.token_bytes,
+    )
+    sent, received = (engine.kv.allocate_staging(num_bytes) for engine in (source, target))
+    source.kv.gather(pinned.block_table, layers, moved, sent, 0).wait()
+    received.host_view()[:num_bytes] = sent.host_view()[:num_bytes]
+    target.kv.scatter(reserved.block_table, layers, moved, received, 0).wait()
+    source.release(key)
+    return target.keep_prefix(key, len(moved))
+
+
+def test_a_prefix_goes_from_one_rank_to_two_and_back(folder: Path, num_threads: None) -> None:
+    """Back it goes from the host tier: the pool of the two holds two prompts."""
+    small = {"num_blocks": 16, "max_num_seqs": 1, "max_model_len": 120}
+    first, *others = (
+        TokenRequest(
+            tuple((11 * index + 5 * position) % 250 for position in range(90)),
+            90,
+            SamplingParams(max_tokens=6, ignore_eos=True),
+        )
+        for index in range(4)
+    )
+    key = SequenceKey("it")
+    with engine_of(folder, 1) as one, engine_of(folder, 2, host_kv_bytes=1 << 20, **small) as two:
+        one.submit(first, key)
+        computed = tokens(one)
+        assert move_prefix(one, two, first) == 80
+        two.submit(first, key)
+        assert tokens(two) == computed
+        assert two.load().prefix_hit_tokens == 80
+        for index, request in enumerate(others):
+            two.submit(request, SequenceKey(str(index)))
+            tokens(two)
+        with engine_of(folder, 1) as another:
+            assert move_prefix(two, another, first) == 80
+            another.submit(first, key)
+            assert tokens(another) == computed
+            assert another.load().prefix_hit_tokens == 80
+        assert one.load().num_held_blocks == two.load().num_held_blocks == 0
 
 
 def test_a_lost_rank_fails_the_engine(folder: Path, num_threads: None) -> None:

@@ -348,7 +348,7 @@ def test_a_receive_from_offer_to_acknowledgement() -> None:
     assert receive.handle(MessageScattered(), 1.0) == [
         SendToSender(Ack(ID)),
         FreeSlots(None),
-        ReportReceive(None, 99, 24 * UNIT_BYTES, 2, 1.0),
+        ReportReceive(None, 99, 10, 24 * UNIT_BYTES, 2, 1.0),
     ]
 
 

@@ -14,13 +14,16 @@ from kvrelay.core.node_messages import (
     AttemptRefused,
     Command,
     KVReleased,
+    PullOrder,
     ReleaseKV,
     Report,
     ReserveDecode,
+    SendPrefix,
     StartPrefill,
+    StopPull,
     Welcome,
 )
-from kvrelay.core.request import FinishReason, TokenRequest
+from kvrelay.core.request import FinishReason, Prefix, TokenRequest
 from kvrelay.core.sampling import SamplingParams
 from kvrelay.decode_node.core import DecodeNodeCore
 from kvrelay.engine.interface import Reservation, SequenceKey, SequenceOutput, StepOutput
@@ -30,6 +33,7 @@ from kvrelay.node.core import NodeCore, NodeCoreConfig
 from kvrelay.node.events import (
     NodeEffect,
     NodeEvent,
+    PrefixHeld,
     RouterConnected,
     RouterFrameReceived,
     SendFrame,
@@ -95,6 +99,21 @@ class CoreUnderTest:
     def reserve(self, attempt: int = 1, epoch: int = EPOCH) -> list[NodeEffect]:
         return self.command(ReserveDecode(AttemptId(attempt), make_request()), epoch=epoch)
 
+    def prefill_with_pull(self, attempt: int = 1, pull: int = 9, num_tokens: int = 4) -> list[NodeEffect]:
+        order = PullOrder(AttemptId(pull), num_tokens)
+        return self.command(StartPrefill(AttemptId(attempt), make_request(), "d:1", order))
+
+    def send_prefix(self, attempt: int = 9, num_tokens: int = 4, epoch: int = EPOCH) -> list[NodeEffect]:
+        prefix = Prefix(tuple(range(1, num_tokens + 1)))
+        return self.command(SendPrefix(AttemptId(attempt), prefix, "p:1"), epoch=epoch)
+
+    def stop_pull(self, attempt: int = 1) -> list[NodeEffect]:
+        return self.command(StopPull(AttemptId(attempt)))
+
+    def prefix_held(self, attempt: int = 9, num_cached_tokens: int = 0) -> list[NodeEffect]:
+        """The engine has pinned or reserved what belongs to that transfer."""
+        return self.tell(PrefixHeld(Reservation(key_of(attempt), (BlockId(3),), num_cached_tokens)))
+
     def reserved(self, attempt: int = 1, num_cached_tokens: int = 0) -> list[NodeEffect]:
         return self.tell(SequenceReserved(Reservation(key_of(attempt), (BlockId(3),), num_cached_tokens)))
 
@@ -110,8 +129,8 @@ class CoreUnderTest:
     def push_failed(self, attempt: int = 1) -> list[NodeEffect]:
         return self.tell(PushFailed(id_of(attempt), TransferFailed("link lost")))
 
-    def receive_done(self, attempt: int = 1) -> list[NodeEffect]:
-        return self.tell(ReceiveDone(id_of(attempt), 42, STATS))
+    def receive_done(self, attempt: int = 1, num_tokens: int = 5) -> list[NodeEffect]:
+        return self.tell(ReceiveDone(id_of(attempt), 42, STATS, num_tokens))
 
     def receive_failed(self, attempt: int = 1) -> list[NodeEffect]:
         return self.tell(ReceiveFailed(id_of(attempt), TransferFailed("link lost")))

@@ -217,7 +217,7 @@ async def test_the_thread_does_not_pause_between_the_parts_of_a_step(
 
 async def test_more_commands_than_attempts_can_give_is_a_bug(recorder: Recorder) -> None:
     thread = make_thread(SimEngine(config()), recorder)
-    for _ in range(3 * 16):
+    for _ in range(5 * 16):
         thread.send(ReleaseSequence(ONE))
     with pytest.raises(AssertionError, match="full"):
         thread.send(ReleaseSequence(ONE))

@@ -22,14 +22,17 @@ from kvrelay.core.node_messages import (
     AttemptRefused,
     KVReleased,
     PrefillFinished,
+    PullOrder,
     ReleaseKV,
     Report,
     ReserveDecode,
     Role,
+    SendPrefix,
     StartPrefill,
+    StopPull,
     Welcome,
 )
-from kvrelay.core.request import FinishReason, TokenRequest
+from kvrelay.core.request import FinishReason, Prefix, TokenRequest
 from kvrelay.core.sampling import SamplingParams
 from kvrelay.decode_node.core import DecodeNodeCore
 from kvrelay.engine.interface import Reservation, SequenceFailure, SequenceKey, SequenceOutput, StepOutput
@@ -41,6 +44,7 @@ from kvrelay.kv_transfer.interface import (
     TransferEvent,
     TransferStats,
 )
+from kvrelay.node.attempt import sequence_key
 from kvrelay.node.core import NodeCore, NodeCoreConfig
 from kvrelay.node.events import (
     CancelTransfer,
@@ -49,10 +53,17 @@ from kvrelay.node.events import (
     DrainTimedOut,
     ExpectTransfer,
     FinishPush,
+    KeepPrefix,
     NodeEffect,
     NodeEvent,
     OpenPush,
+    PinPrefix,
+    PrefixHeld,
+    PrefixKept,
+    PushPrefix,
+    RefuseTransfer,
     ReleaseSequence,
+    ReservePrefix,
     ReserveSequence,
     RouterConnected,
     RouterFrameReceived,
@@ -68,6 +79,7 @@ from kvrelay.node.events import (
     TransferCancelled,
 )
 from kvrelay.prefill_node.core import PrefillNodeCore
+from kvrelay.prefill_node.pulling_core import PullingNodeCore
 
 EPOCHS = (1, 2)
 LEASE_S = 3.0
@@ -92,12 +104,13 @@ class NodeWorld(RuleBasedStateMachine):
         self.running: dict[SequenceKey, int] = {}
         self.open: set[TransferId] = set()
         self.finishing: set[TransferId] = set()
+        self.receiving: set[TransferId] = set()
         self.cancelling: list[TransferId] = []
         self.on_the_way: deque[TransferEvent] = deque()
         self.asked: dict[TransferId, int] = {}
         self.answers: dict[TransferId, list[Report]] = {}
         self.lost_with_stream: set[TransferId] = set()
-        self.keys: dict[SequenceKey, TransferId] = {}
+        self.pulls: set[TransferId] = set()
         self._connect(EPOCHS[0])
 
     # ---- the core, and what its effects do to the world ------------------------------------------
@@ -117,7 +130,13 @@ class NodeWorld(RuleBasedStateMachine):
                 self.open.add(spec.transfer_id)
             case ExpectTransfer(expected):
                 self.open.add(expected.transfer_id)
+                self.receiving.add(expected.transfer_id)
                 self.finishing.add(expected.transfer_id)
+            case RefuseTransfer(transfer_id):
+                assert transfer_id not in self.receiving, "refused what was expected"
+            case PushPrefix(transfer_id):
+                assert transfer_id in self.open
+                self.finishing.add(transfer_id)
             case FinishPush(transfer_id, _):
                 self.finishing.add(transfer_id)
             case CancelTransfer(transfer_id):
@@ -153,10 +172,25 @@ class NodeWorld(RuleBasedStateMachine):
         attempt = AttemptId(self.next_attempt)
         self.next_attempt += 1
         self.asked[TransferId(epoch, attempt)] = 1
-        if self.core.role is Role.PREFILL:
-            self.tell(RouterFrameReceived(epoch, (StartPrefill(attempt, REQUEST, "d:1"),)))
+        if random.random() < 0.3:
+            self.tell(RouterFrameReceived(epoch, (SendPrefix(attempt, Prefix((1, 2, 3)), "p:1"),)))
+        elif self.core.role is Role.PREFILL:
+            pull = self._order_pull(epoch) if random.random() < 0.6 else None
+            self.tell(RouterFrameReceived(epoch, (StartPrefill(attempt, REQUEST, "d:1", pull),)))
         else:
             self.tell(RouterFrameReceived(epoch, (ReserveDecode(attempt, REQUEST),)))
+
+    def _order_pull(self, epoch: int) -> PullOrder:
+        number = AttemptId(self.next_attempt)
+        self.next_attempt += 1
+        self.pulls.add(TransferId(epoch, number))
+        return PullOrder(number, 2)
+
+    @precondition(lambda self: any(id_.router_epoch in self.connected for id_ in self.asked))
+    @rule(random=ANY)
+    def stop_a_pull(self, random: Random) -> None:
+        asked = random.choice(sorted(id_ for id_ in self.asked if id_.router_epoch in self.connected))
+        self.tell(RouterFrameReceived(asked.router_epoch, (StopPull(asked.attempt),)))
 
     @precondition(lambda self: any(id_.router_epoch in self.connected for id_ in self.asked))
     @rule(random=ANY)
@@ -195,10 +229,10 @@ class NodeWorld(RuleBasedStateMachine):
     # ---- the engine --------------------------------------------------------------------------------
 
     @precondition(lambda self: self.engine_queue)
-    @rule(refuses=st.integers(0, 4).map(lambda number: number == 0))
-    def engine_takes_a_command(self, refuses: bool) -> None:
+    @rule(refuses=st.integers(0, 4).map(lambda number: number == 0), is_cached=st.booleans())
+    def engine_takes_a_command(self, refuses: bool, is_cached: bool = False) -> None:
         match self.engine_queue.popleft():
-            case ReserveSequence(key) | SubmitPrefill(key) if refuses:
+            case ReserveSequence(key) | SubmitPrefill(key) | PinPrefix(key) | ReservePrefix(key) if refuses:
                 self.tell(SequenceRefused(key, Overloaded("full")))
             case ReserveSequence(key):
                 self.held[key] = self._id_of(key)
@@ -206,6 +240,14 @@ class NodeWorld(RuleBasedStateMachine):
             case SubmitPrefill(key):
                 self.held[key] = self._id_of(key)
                 self.running[key] = 0
+            case PinPrefix(key, prefix) | ReservePrefix(key, prefix):
+                self.held[key] = self._id_of(key)
+                num_cached_tokens = len(prefix.token_ids) if is_cached else 0
+                self.tell(PrefixHeld(Reservation(key, (BlockId(0),), num_cached_tokens)))
+            case KeepPrefix(key, num_tokens):
+                assert self._id_of(key) not in self.open, "kept while its transfer is open"
+                self.held.pop(key)
+                self.tell(PrefixKept(key, num_tokens))
             case StartDecode(key):
                 if key in self.held:
                     self.running[key] = 1
@@ -216,7 +258,7 @@ class NodeWorld(RuleBasedStateMachine):
                 self.tell(SequenceReleased(key))
 
     def _id_of(self, key: SequenceKey) -> TransferId:
-        return next(id_ for id_ in self.asked if str(id_) == key)
+        return next(id_ for id_ in [*self.asked, *self.pulls] if str(id_) == key)
 
     @precondition(lambda self: self.running)
     @rule(outcome=st.sampled_from(["token", "token", "token", "last", "failure"]), random=ANY)
@@ -246,10 +288,11 @@ class NodeWorld(RuleBasedStateMachine):
         fails = fails or transfer_id not in self.finishing
         self.open.discard(transfer_id)
         error = TransferFailed("lost")
-        if self.core.role is Role.PREFILL:
-            event: TransferEvent = PushFailed(transfer_id, error) if fails else PushDone(transfer_id, STATS)
+        event: TransferEvent
+        if transfer_id in self.receiving:
+            event = ReceiveFailed(transfer_id, error) if fails else ReceiveDone(transfer_id, 5, STATS, 2)
         else:
-            event = ReceiveFailed(transfer_id, error) if fails else ReceiveDone(transfer_id, 5, STATS)
+            event = PushFailed(transfer_id, error) if fails else PushDone(transfer_id, STATS)
         self.on_the_way.append(event)
 
     @precondition(lambda self: self.on_the_way)
@@ -275,9 +318,19 @@ class NodeWorld(RuleBasedStateMachine):
     def the_node_knows_what_it_holds(self) -> None:
         live = self.core.states()
         for transfer_id in self.held.values():
-            assert transfer_id in live, f"{transfer_id} is held by the engine, the node has forgotten it"
+            is_known = self._is_pull_known(transfer_id) or transfer_id in live
+            assert is_known, f"{transfer_id} is held by the engine, the node has forgotten it"
         for transfer_id in self.open:
-            assert transfer_id in live, f"{transfer_id} is open, the node has forgotten it"
+            is_known = self._is_pull_known(transfer_id) or transfer_id in live
+            assert is_known, f"{transfer_id} is open, the node has forgotten it"
+
+    def _is_pull_known(self, transfer_id: TransferId) -> bool:
+        """The node has that pull in mind, or has told the engine to free it."""
+        if not isinstance(self.core, PullingNodeCore):
+            return False
+        key = sequence_key(transfer_id)
+        is_told = any(isinstance(item, ReleaseSequence) and item.key == key for item in self.engine_queue)
+        return is_told or key in self.core._pulls
 
     def teardown(self) -> None:
         for transfer_id, state in self.core.states().items():

@@ -24,7 +24,9 @@ from kvrelay.core.node_messages import (
     ReserveDecode,
     Role,
     SendKVSnapshot,
+    SendPrefix,
     StartPrefill,
+    StopPull,
     TokenBatch,
 )
 from kvrelay.core.request import FinishReason, TokenRequest
@@ -49,6 +51,7 @@ from kvrelay.router.events import (
     Ticked,
 )
 from kvrelay.router.kv_intake import KVIntake
+from kvrelay.router.placement import PlacementPolicy
 from kvrelay.router.policies import make_policy
 
 FINGERPRINT = KVFingerprint("tiny", "float32", 2, 1, 4, "rope")
@@ -78,7 +81,7 @@ def describe_node(node_id: str, **changes: object) -> NodeDescription:
 class Transcript:
     """Drives one core on a clock that the test sets."""
 
-    def __init__(self, placement: Placement = "least-loaded", **config: object) -> None:
+    def __init__(self, placement: Placement | PlacementPolicy = "least-loaded", **config: object) -> None:
         defaults: dict[str, object] = {
             "growth_tokens": 8,
             "max_early_tokens": 4,
@@ -87,7 +90,8 @@ class Transcript:
         }
         self.config = RouterCoreConfig(**(defaults | config))  # type: ignore[arg-type]
         kv = KVIntake(self.config)
-        self.core = RouterCore(self.config, 7, make_policy(placement, kv.index), Random(1), kv)
+        policy = make_policy(placement, kv.index) if isinstance(placement, str) else placement
+        self.core = RouterCore(self.config, 7, policy, Random(1), kv)
         self.now_s = 0.0
         self.checks_invariants = True
         self.effects: list[Effect] = []
@@ -209,8 +213,13 @@ class Transcript:
 
 def _command(effect: SendCommand) -> str:
     match effect.command:
-        case StartPrefill(attempt, request, address):
-            return f"prefill {attempt} {list(request.token_ids)} to {address}"
+        case StartPrefill(attempt, request, address, pull):
+            pulled = f", {pull.num_tokens} tokens as {pull.attempt}" if pull else ""
+            return f"prefill {attempt} {list(request.token_ids)} to {address}{pulled}"
+        case SendPrefix(attempt, prefix, address):
+            return f"send {attempt} {list(prefix.token_ids)} to {address}"
+        case StopPull(attempt):
+            return f"stop pull {attempt}"
         case ReserveDecode(attempt, request):
             return f"reserve {attempt} {list(request.token_ids)}"
         case ReleaseKV(attempt):

@@ -19,18 +19,20 @@ from kvrelay.core.node_messages import (
     NodeDescription,
     NodeLoad,
     PrefillFinished,
+    PullOrder,
     ReleaseKV,
     Report,
     SendKVSnapshot,
+    SendPrefix,
     StartPrefill,
+    StopPull,
     TokenBatch,
 )
 from kvrelay.core.request import FinishReason, TokenRequest
 from kvrelay.router.events import Event, NodeAttached, NodeLost, NodeReported
 from tests.router.fake_cache import FakeCache
-
-EOS = 7
-CONTEXT_TOKENS = 48
+from tests.router.fake_model import finish_reason, next_token
+from tests.router.fake_sends import FakeSends
 
 
 class FakeWorld(Protocol):
@@ -39,6 +41,8 @@ class FakeWorld(Protocol):
     now_s: float
     rng: Random
     num_steady_steps: int
+    num_pulls: int
+    num_pulls_done: int
 
     @property
     def nodes(self) -> Mapping[str, FakeNode]: ...
@@ -54,31 +58,6 @@ class FakeWorld(Protocol):
     def handle(self, event: Event) -> None: ...
 
 
-def next_token(request: TokenRequest, output: list[int]) -> int:
-    """The fake model: a function of everything before, and of the seed."""
-    state = hash((request.token_ids[: request.num_prompt_tokens], tuple(output), request.sampling.seed))
-    return state % 40
-
-
-def finish_reason(request: TokenRequest, output: list[int]) -> FinishReason | None:
-    if output[-1] in request.sampling.stop_token_ids:
-        return FinishReason.STOP
-    if output[-1] == EOS and not request.sampling.ignore_eos:
-        return FinishReason.STOP
-    is_full = request.num_prompt_tokens + len(output) >= CONTEXT_TOKENS
-    return FinishReason.LENGTH if is_full or len(output) >= request.sampling.max_tokens else None
-
-
-def right_answer(request: TokenRequest) -> tuple[list[int], FinishReason]:
-    """All output tokens of the request, and why they end."""
-    output = list(request.token_ids[request.num_prompt_tokens :])
-    reason = finish_reason(request, output) if output else None
-    while reason is None:
-        output.append(next_token(request, output))
-        reason = finish_reason(request, output)
-    return output, reason
-
-
 @dataclass
 class Held:
     """What a fake node holds for one attempt."""
@@ -87,6 +66,8 @@ class Held:
     output: list[int]
     decode_node: str = ""
     is_decoding: bool = False
+    pull: PullOrder | None = None
+    num_pulled_tokens: int = 0
 
 
 @dataclass
@@ -99,6 +80,7 @@ class FakeNode:
     is_connected: bool = False
     is_draining: bool = False
     held: dict[AttemptId, Held] = field(default_factory=dict)
+    sends: FakeSends = field(init=False)
     arrived: set[AttemptId] = field(default_factory=set)
     seen: set[AttemptId] = field(default_factory=set)
     life: int = 0
@@ -110,6 +92,7 @@ class FakeNode:
 
     def __post_init__(self) -> None:
         self.cache = FakeCache(self.description)
+        self.sends = FakeSends(self)
 
     @property
     def node_id(self) -> str:
@@ -136,6 +119,7 @@ class FakeNode:
         self.is_up = self.is_connected = False
         self.life += 1
         self.held.clear()
+        self.sends.prefixes.clear()
         self.arrived.clear()
         if self.world.rng.random() < 0.5:  # else only the connection broke
             self.cache = FakeCache(self.description)
@@ -176,8 +160,12 @@ class FakeNode:
             self.cache.send_snapshot()
             return
         attempt = command.attempt
+        if isinstance(command, StopPull):
+            self._stop_pull(attempt)
+            return
         if isinstance(command, ReleaseKV):
             self.held.pop(attempt, None)
+            self.sends.prefixes.pop(attempt, None)
             self.arrived.discard(attempt)
             self.say(KVReleased(attempt))
             return
@@ -186,19 +174,35 @@ class FakeNode:
         if self.is_draining or self.world.chance("refuse") or len(self.held) >= 6:
             self.say(AttemptRefused(attempt, "OVERLOADED", "no room"))
             return
+        if isinstance(command, SendPrefix):
+            self.sends.start(command)
+            return
         request = command.request
         self.held[attempt] = Held(request, list(request.token_ids[request.num_prompt_tokens :]))
         if isinstance(command, StartPrefill):
             self.held[attempt].decode_node = command.decode_address
-            self.later(lambda: self._prefill(attempt))
+            self.held[attempt].pull = command.pull
+            if command.pull is None:
+                self.later(lambda: self.prefill(attempt))
+            else:
+                self.world.num_pulls += 1
+                life = self.life
+                self.world.after(1.0, lambda: self._stop_pull(attempt) if life == self.life else None)
         else:
             self.later(lambda: self._verify(attempt))
+
+    def _stop_pull(self, attempt: AttemptId) -> None:
+        """Compute what has not come."""
+        held = self.held.get(attempt)
+        if held is not None and held.pull is not None:
+            held.pull = None
+            self.later(lambda: self.prefill(attempt))
 
     def fail(self, attempt: AttemptId, code: str) -> None:
         if self.held.pop(attempt, None) is not None:
             self.say(AttemptFailed(attempt, code, "it broke"))
 
-    def _prefill(self, attempt: AttemptId) -> None:
+    def prefill(self, attempt: AttemptId) -> None:
         held = self.held.get(attempt)
         if held is None:
             return
@@ -216,7 +220,8 @@ class FakeNode:
             return
         # The push may overtake the report: they go different ways.
         self.later(lambda: self._push(attempt))
-        self.say(PrefillFinished(attempt, 0, 0.0, 0.0), tokens=tokens)
+        pulled = held.num_pulled_tokens
+        self.say(PrefillFinished(attempt, pulled, 0.0, 0.0, pulled, 0.01), tokens=tokens)
 
     def _push(self, attempt: AttemptId) -> None:
         held = self.held.get(attempt)

@@ -44,8 +44,10 @@ from kvrelay.router.events import (
 from kvrelay.router.fleet_policy import FleetPolicy
 from kvrelay.router.kv_intake import KVIntake
 from kvrelay.router.policies import make_policy
+from tests.router.pulling_policy import PullsAtRandom
 
-from .fake_node import CONTEXT_TOKENS, EOS, FakeNode, right_answer
+from .fake_model import CONTEXT_TOKENS, EOS, right_answer
+from .fake_node import FakeNode
 
 NUM_SEEDS = 80
 FINGERPRINT = KVFingerprint("m", "float32", 1, 1, 4, "rope")
@@ -75,6 +77,8 @@ class World:
         self.todo: list[tuple[float, int, Callable[[], None]]] = []
         self.clients: dict[tuple[int, int], Client] = {}
         self.num_steady_steps = 0
+        self.num_pulls = 0
+        self.num_pulls_done = 0
         self.num_satisfied = 0
         self.num_explained = 0
         rate = self.rng.choice([0.0, 0.02, 0.1])
@@ -85,7 +89,7 @@ class World:
         )  # fmt: skip
         kv = KVIntake(config)
         self.policy = make_policy(placement, kv.index)
-        self.core = RouterCore(config, seed, self.policy, Random(seed), kv)
+        self.core = RouterCore(config, seed, PullsAtRandom(self.policy), Random(seed), kv)
         self.nodes = {
             name: FakeNode(self, self._describe(name))
             for name in ["p0", "p1", "p2"][: self.rng.randint(1, 3)]
@@ -201,7 +205,7 @@ class World:
         self.after(self.rng.uniform(0.0, 1.5), node.attach)
 
     def _leave_when_done(self, node: FakeNode) -> None:
-        if node.held:
+        if node.held or node.sends.prefixes:
             node.later(lambda: self._leave_when_done(node))
             return
         node.go_down("drained", says_so=True)
@@ -273,6 +277,7 @@ def check_end(world: World) -> None:
     unended = [key for key, client in world.clients.items() if not client.end]
     assert not unended, f"requests without an end: {unended}"
     assert {node.node_id: node.held for node in world.nodes.values() if node.held} == {}
+    assert not any(node.sends.prefixes for node in world.nodes.values())
     status = world.core.status(world.now_s)
     assert not any(status.num_requests_by_state.values())
     assert status.num_unsettled_attempts == status.num_sessions == 0
@@ -339,6 +344,9 @@ def test_the_simulation_meets_continuations_losses_refusals_steady_steps_and_sat
     assert sum(world.num_steady_steps for world in worlds) > 500
     assert sum(world.num_satisfied for world in worlds) > 20
     assert sum(world.num_explained for world in worlds) > 100
+    assert sum(world.num_pulls for world in worlds) > 50
+    assert sum(world.num_pulls_done for world in worlds) > 30
+    assert sum(found.num_pulled_tokens for found in counters) > 200
     assert sum(found.num_kv_events for found in counters) > 500
     assert sum(found.num_kv_gaps for found in counters) > 20
     assert sum(world.core.status(0.0).index.num_entries for world in worlds) > 100

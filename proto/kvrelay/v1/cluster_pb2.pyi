@@ -162,26 +162,34 @@ class TokenRequest(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., cache_salt: _Optional[bytes] = ...) -> None: ...
 
 class Command(_message.Message):
-    __slots__ = ("attempt", "start_prefill", "reserve_decode", "release_kv", "send_kv_snapshot")
+    __slots__ = ("attempt", "start_prefill", "reserve_decode", "release_kv", "send_kv_snapshot", "send_prefix", "stop_pull")
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     START_PREFILL_FIELD_NUMBER: _ClassVar[int]
     RESERVE_DECODE_FIELD_NUMBER: _ClassVar[int]
     RELEASE_KV_FIELD_NUMBER: _ClassVar[int]
     SEND_KV_SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    SEND_PREFIX_FIELD_NUMBER: _ClassVar[int]
+    STOP_PULL_FIELD_NUMBER: _ClassVar[int]
     attempt: int
     start_prefill: StartPrefill
     reserve_decode: ReserveDecode
     release_kv: ReleaseKV
     send_kv_snapshot: SendKVSnapshot
-    def __init__(self, attempt: _Optional[int] = ..., start_prefill: _Optional[_Union[StartPrefill, _Mapping]] = ..., reserve_decode: _Optional[_Union[ReserveDecode, _Mapping]] = ..., release_kv: _Optional[_Union[ReleaseKV, _Mapping]] = ..., send_kv_snapshot: _Optional[_Union[SendKVSnapshot, _Mapping]] = ...) -> None: ...
+    send_prefix: SendPrefix
+    stop_pull: StopPull
+    def __init__(self, attempt: _Optional[int] = ..., start_prefill: _Optional[_Union[StartPrefill, _Mapping]] = ..., reserve_decode: _Optional[_Union[ReserveDecode, _Mapping]] = ..., release_kv: _Optional[_Union[ReleaseKV, _Mapping]] = ..., send_kv_snapshot: _Optional[_Union[SendKVSnapshot, _Mapping]] = ..., send_prefix: _Optional[_Union[SendPrefix, _Mapping]] = ..., stop_pull: _Optional[_Union[StopPull, _Mapping]] = ...) -> None: ...
 
 class StartPrefill(_message.Message):
-    __slots__ = ("request", "decode_address")
+    __slots__ = ("request", "decode_address", "pull_attempt", "num_pull_tokens")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     DECODE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    PULL_ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    NUM_PULL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     request: TokenRequest
     decode_address: str
-    def __init__(self, request: _Optional[_Union[TokenRequest, _Mapping]] = ..., decode_address: _Optional[str] = ...) -> None: ...
+    pull_attempt: int
+    num_pull_tokens: int
+    def __init__(self, request: _Optional[_Union[TokenRequest, _Mapping]] = ..., decode_address: _Optional[str] = ..., pull_attempt: _Optional[int] = ..., num_pull_tokens: _Optional[int] = ...) -> None: ...
 
 class ReserveDecode(_message.Message):
     __slots__ = ("request",)
@@ -190,6 +198,20 @@ class ReserveDecode(_message.Message):
     def __init__(self, request: _Optional[_Union[TokenRequest, _Mapping]] = ...) -> None: ...
 
 class ReleaseKV(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class SendPrefix(_message.Message):
+    __slots__ = ("token_ids", "cache_salt", "address")
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    cache_salt: bytes
+    address: str
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., cache_salt: _Optional[bytes] = ..., address: _Optional[str] = ...) -> None: ...
+
+class StopPull(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
@@ -226,14 +248,20 @@ class Reserved(_message.Message):
     def __init__(self, num_cached_tokens: _Optional[int] = ...) -> None: ...
 
 class PrefillFinished(_message.Message):
-    __slots__ = ("num_cached_tokens", "queue_s", "compute_s")
+    __slots__ = ("num_cached_tokens", "queue_s", "compute_s", "num_pulled_tokens", "pull_s", "pull_error")
     NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_PULLED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PULL_S_FIELD_NUMBER: _ClassVar[int]
+    PULL_ERROR_FIELD_NUMBER: _ClassVar[int]
     num_cached_tokens: int
     queue_s: float
     compute_s: float
-    def __init__(self, num_cached_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ...) -> None: ...
+    num_pulled_tokens: int
+    pull_s: float
+    pull_error: str
+    def __init__(self, num_cached_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., num_pulled_tokens: _Optional[int] = ..., pull_s: _Optional[float] = ..., pull_error: _Optional[str] = ...) -> None: ...
 
 class HandoffVerified(_message.Message):
     __slots__ = ("num_bytes", "num_messages", "seconds", "transport")

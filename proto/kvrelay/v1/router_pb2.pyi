@@ -60,7 +60,7 @@ class Finished(_message.Message):
     def __init__(self, finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., report: _Optional[_Union[RequestReport, _Mapping]] = ...) -> None: ...
 
 class RequestReport(_message.Message):
-    __slots__ = ("prefill_node", "decode_node", "num_attempts", "num_prompt_tokens", "num_output_tokens", "num_cached_tokens", "queue_s", "ttft_s", "total_s", "kv_bytes", "kv_messages", "kv_seconds", "kv_transport")
+    __slots__ = ("prefill_node", "decode_node", "num_attempts", "num_prompt_tokens", "num_output_tokens", "num_cached_tokens", "queue_s", "ttft_s", "total_s", "kv_bytes", "kv_messages", "kv_seconds", "kv_transport", "num_pulled_tokens")
     PREFILL_NODE_FIELD_NUMBER: _ClassVar[int]
     DECODE_NODE_FIELD_NUMBER: _ClassVar[int]
     NUM_ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
@@ -74,6 +74,7 @@ class RequestReport(_message.Message):
     KV_MESSAGES_FIELD_NUMBER: _ClassVar[int]
     KV_SECONDS_FIELD_NUMBER: _ClassVar[int]
     KV_TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    NUM_PULLED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     prefill_node: str
     decode_node: str
     num_attempts: int
@@ -87,7 +88,8 @@ class RequestReport(_message.Message):
     kv_messages: int
     kv_seconds: float
     kv_transport: str
-    def __init__(self, prefill_node: _Optional[str] = ..., decode_node: _Optional[str] = ..., num_attempts: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_output_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., total_s: _Optional[float] = ..., kv_bytes: _Optional[int] = ..., kv_messages: _Optional[int] = ..., kv_seconds: _Optional[float] = ..., kv_transport: _Optional[str] = ...) -> None: ...
+    num_pulled_tokens: int
+    def __init__(self, prefill_node: _Optional[str] = ..., decode_node: _Optional[str] = ..., num_attempts: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_output_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., total_s: _Optional[float] = ..., kv_bytes: _Optional[int] = ..., kv_messages: _Optional[int] = ..., kv_seconds: _Optional[float] = ..., kv_transport: _Optional[str] = ..., num_pulled_tokens: _Optional[int] = ...) -> None: ...
 
 class Failed(_message.Message):
     __slots__ = ("code", "message", "field", "retry_after_s", "retryable")
@@ -198,18 +200,22 @@ class ExplainResponse(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., router_id: _Optional[str] = ..., model: _Optional[str] = ..., placed_ago_s: _Optional[float] = ..., decision: _Optional[_Union[Decision, _Mapping]] = ..., measured: _Optional[_Union[MeasuredRequest, _Mapping]] = ...) -> None: ...
 
 class Decision(_message.Message):
-    __slots__ = ("policy", "prefill_node", "decode_node", "predicted_ttft_s", "candidates")
+    __slots__ = ("policy", "prefill_node", "decode_node", "predicted_ttft_s", "candidates", "pull_from", "num_pull_tokens")
     POLICY_FIELD_NUMBER: _ClassVar[int]
     PREFILL_NODE_FIELD_NUMBER: _ClassVar[int]
     DECODE_NODE_FIELD_NUMBER: _ClassVar[int]
     PREDICTED_TTFT_S_FIELD_NUMBER: _ClassVar[int]
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    PULL_FROM_FIELD_NUMBER: _ClassVar[int]
+    NUM_PULL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     policy: str
     prefill_node: str
     decode_node: str
     predicted_ttft_s: float
     candidates: _containers.RepeatedCompositeFieldContainer[Candidate]
-    def __init__(self, policy: _Optional[str] = ..., prefill_node: _Optional[str] = ..., decode_node: _Optional[str] = ..., predicted_ttft_s: _Optional[float] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ...) -> None: ...
+    pull_from: str
+    num_pull_tokens: int
+    def __init__(self, policy: _Optional[str] = ..., prefill_node: _Optional[str] = ..., decode_node: _Optional[str] = ..., predicted_ttft_s: _Optional[float] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ..., pull_from: _Optional[str] = ..., num_pull_tokens: _Optional[int] = ...) -> None: ...
 
 class Candidate(_message.Message):
     __slots__ = ("node_id", "role", "score", "terms", "objection")
@@ -234,7 +240,7 @@ class ScoreTerm(_message.Message):
     def __init__(self, name: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
 
 class MeasuredRequest(_message.Message):
-    __slots__ = ("state", "num_attempts", "num_prompt_tokens", "num_output_tokens", "queue_s", "ttft_s", "total_s", "finish_reason", "error_code", "error_message", "placed_ttft_s", "num_cached_tokens", "prefill_queue_s", "prefill_compute_s", "kv_bytes", "kv_seconds", "kv_transport", "handoff_s", "num_held_tokens")
+    __slots__ = ("state", "num_attempts", "num_prompt_tokens", "num_output_tokens", "queue_s", "ttft_s", "total_s", "finish_reason", "error_code", "error_message", "placed_ttft_s", "num_cached_tokens", "prefill_queue_s", "prefill_compute_s", "kv_bytes", "kv_seconds", "kv_transport", "num_pulled_tokens", "pull_s", "pull_error", "handoff_s", "num_held_tokens")
     STATE_FIELD_NUMBER: _ClassVar[int]
     NUM_ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -252,6 +258,9 @@ class MeasuredRequest(_message.Message):
     KV_BYTES_FIELD_NUMBER: _ClassVar[int]
     KV_SECONDS_FIELD_NUMBER: _ClassVar[int]
     KV_TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    NUM_PULLED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PULL_S_FIELD_NUMBER: _ClassVar[int]
+    PULL_ERROR_FIELD_NUMBER: _ClassVar[int]
     HANDOFF_S_FIELD_NUMBER: _ClassVar[int]
     NUM_HELD_TOKENS_FIELD_NUMBER: _ClassVar[int]
     state: str
@@ -271,9 +280,12 @@ class MeasuredRequest(_message.Message):
     kv_bytes: int
     kv_seconds: float
     kv_transport: str
+    num_pulled_tokens: int
+    pull_s: float
+    pull_error: str
     handoff_s: float
     num_held_tokens: int
-    def __init__(self, state: _Optional[str] = ..., num_attempts: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_output_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., total_s: _Optional[float] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., error_code: _Optional[str] = ..., error_message: _Optional[str] = ..., placed_ttft_s: _Optional[float] = ..., num_cached_tokens: _Optional[int] = ..., prefill_queue_s: _Optional[float] = ..., prefill_compute_s: _Optional[float] = ..., kv_bytes: _Optional[int] = ..., kv_seconds: _Optional[float] = ..., kv_transport: _Optional[str] = ..., handoff_s: _Optional[float] = ..., num_held_tokens: _Optional[int] = ...) -> None: ...
+    def __init__(self, state: _Optional[str] = ..., num_attempts: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_output_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., total_s: _Optional[float] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., error_code: _Optional[str] = ..., error_message: _Optional[str] = ..., placed_ttft_s: _Optional[float] = ..., num_cached_tokens: _Optional[int] = ..., prefill_queue_s: _Optional[float] = ..., prefill_compute_s: _Optional[float] = ..., kv_bytes: _Optional[int] = ..., kv_seconds: _Optional[float] = ..., kv_transport: _Optional[str] = ..., num_pulled_tokens: _Optional[int] = ..., pull_s: _Optional[float] = ..., pull_error: _Optional[str] = ..., handoff_s: _Optional[float] = ..., num_held_tokens: _Optional[int] = ...) -> None: ...
 
 class WatchClusterRequest(_message.Message):
     __slots__ = ("interval_s", "once")
