@@ -40,6 +40,7 @@ from kvrelay.core.node_messages import (
 from kvrelay.core.request import FinishReason, TokenLogprobs, TokenRequest
 from kvrelay.core.request_report import RequestReport
 from kvrelay.core.sampling import Grammar, GrammarKind, SamplingParams
+from kvrelay.core.service_terms import Priority, ServiceTerms
 from kvrelay.core.tokenizer_chunk import TokenizerChunk
 
 PRINTABLE = st.characters(exclude_categories=("C", "Z"))
@@ -184,7 +185,9 @@ HELLO = st.builds(
     pid=COUNT,
     version=words(),
 )
-CALL = st.builds(GenerateCall, words(), words(), token_requests(), st.none() | st.floats(0.001, 86_400))
+TIMEOUT_S = st.none() | st.floats(0.001, 86_400)
+TERMS = st.builds(ServiceTerms, st.sampled_from(Priority), words(), TIMEOUT_S)
+CALL = st.builds(GenerateCall, words(), words(), token_requests(), TIMEOUT_S, TERMS)
 RUN_REPORT = st.builds(
     RequestReport,
     prefill_node=words(),
