@@ -31,7 +31,7 @@ from kvrelay.core.sampling import SamplingParams
 from kvrelay.router.config import RouterCoreConfig
 from kvrelay.router.core import RouterCore
 from kvrelay.router.events import NodeAttached, NodeReported, RequestSubmitted, SessionId
-from kvrelay.router.placement import LeastLoaded
+from kvrelay.router.least_loaded import LeastLoaded
 
 FINGERPRINT = KVFingerprint("bench", "bfloat16", 32, 8, 128, "rope")
 PREFILL, DECODE = NodeId("p0"), NodeId("d0")

@@ -22,6 +22,7 @@ BENCHMARKS = (
     "proxy_streams",
     "router_core",
     "block_index",
+    "placement_decision",
     "client_tokenize",
     "footprint",
 )

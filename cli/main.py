@@ -16,6 +16,7 @@ from kvrelay.cli import (
     node_commands,
     proxy_command,
     router_command,
+    simulate_command,
     status_command,
     up_command,
 )
@@ -63,6 +64,7 @@ generate_command.register(app)
 status_command.register(app)
 explain_command.register(app)
 config_command.register(app)
+simulate_command.register(app)
 
 
 def main() -> None:

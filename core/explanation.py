@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvrelay.core.ids import NodeId, RequestId
@@ -11,7 +12,8 @@ from kvrelay.core.request import FinishReason
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One node as a decision saw it. The lowest `score` wins; it is the sum of `terms`. All are finite.
+    """One node as a decision saw it. The lowest `score` wins; it is the sum of `terms`, but for those that a
+    policy says are shown only. All are finite.
 
     `objection` says why the node was out of the question, and is empty otherwise.
     """
@@ -28,14 +30,17 @@ class Decision:
     """The pair that was chosen, and all candidates.
 
     `predicted_ttft_s` counts from the placement to the first token at the router; None: the policy predicts
-    no times.
+    no times. `pull_from` is the prefill node from which the chosen one is to take the KV of the prompt's
+    first `num_pull_tokens` tokens, as far as it has not got it; None: from nobody.
     """
 
     prefill_node: NodeId
     decode_node: NodeId
-    candidates: tuple[Candidate, ...]
+    candidates: Sequence[Candidate]
     policy: str
     predicted_ttft_s: float | None = None
+    pull_from: NodeId | None = None
+    num_pull_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,10 +39,11 @@ from kvrelay.router.ledger import Ledger, RequestEntry
 from kvrelay.router.lifecycle import Lifecycle
 from kvrelay.router.merge import batch_fault, merge_batch
 from kvrelay.router.output_merge import OutputMerge
-from kvrelay.router.placement import PlacementPolicy, PlacementRequest
+from kvrelay.router.placement import PlacementPolicy
 from kvrelay.router.placement_memory import PlacementMemory
 from kvrelay.router.reports import apply_faults, apply_loss, apply_report
 from kvrelay.router.views import ClusterStatus, Counters, cluster_status
+from kvrelay.router.waiting import WaitingEntries
 
 
 class RouterCore:
@@ -64,7 +65,9 @@ class RouterCore:
         self._queue = AdmissionQueue(config)
         self._counters = Counters()
         self._memory = PlacementMemory(config.num_remembered_decisions)
-        self._life = Lifecycle(config, self._cluster, self._ledger, self._queue, self._counters, self._memory)
+        self._life = Lifecycle(
+            config, self._cluster, self._ledger, self._queue, self._counters, self._memory, policy
+        )
 
     def handle(self, event: Event, now_s: float) -> list[Effect]:
         """Take one event; returns what is to be done, in order. Mutates this core only."""
@@ -203,7 +206,7 @@ class RouterCore:
         if description_fault(description):
             self._counters.num_nodes_turned_away += 1
             return
-        self._cluster.add_node(description, now_s)
+        self._policy.note_attached(self._cluster.add_node(description, now_s), now_s)
         self._life.has_news_for_queue = True
 
     def _on_node_lost(self, event: NodeLost, now_s: float) -> None:
@@ -217,8 +220,10 @@ class RouterCore:
             return
         if event.kv is not None:
             self._life.effects.extend(apply_kv_event(self._cluster, node, event.kv, now_s))
-        if event.load is not None and node.record_load(event.load, now_s):
-            self._life.has_news_for_queue = True
+        if event.load is not None:
+            self._policy.note_load(node, event.load)
+            if node.record_load(event.load, now_s):
+                self._life.has_news_for_queue = True
         if event.tokens is not None:
             self._merge_tokens(node, event.tokens, now_s)
         for report in event.reports:
@@ -249,39 +254,25 @@ class RouterCore:
     # ---- the queue ------------------------------------------------------------------------------
 
     def _place_queued(self, now_s: float) -> None:
-        """Start what can be started, in order; continuations that wait for their pause, or to avoid a node,
-        let others pass."""
+        """Start what the policy picks, until it picks nothing more."""
         self._life.has_news_for_queue = False
-        placed: list[RequestEntry] = []
-        for queue in self._queue.waiting.values():
-            for entry in queue.values():
-                if now_s < entry.not_before_s:
-                    continue
-                if self._place(entry, now_s):
-                    placed.append(entry)
-                elif not entry.avoided:
-                    break
-        for entry in placed:
-            self._queue.remove(entry)
+        for model in list(self._queue.waiting):
+            while self._place_one(model, now_s):
+                pass
 
-    def _place(self, entry: RequestEntry, now_s: float) -> bool:
-        request = self._placement_request(entry)
-        decision = self._policy.choose(request, self._cluster, now_s, self._rng)
-        if decision is None:
+    def _place_one(self, model: str, now_s: float) -> bool:
+        entries = self._queue.waiting.get(model)
+        if not entries:
             return False
+        waiting = WaitingEntries(entries, self.config.growth_tokens, now_s)
+        picked = self._policy.pick(waiting, self._cluster, now_s, self._rng)
+        if picked is None:
+            return False
+        request, decision = picked.request, picked.decision
+        entry = self._ledger.requests[request.request_id]
         num_blocks = self._cluster.nodes[decision.decode_node].blocks_for(request)
-        self._life.dispatch(entry, decision, num_blocks, now_s)
+        attempt = self._life.dispatch(entry, decision, num_blocks, now_s)
+        self._queue.remove(entry)
+        self._policy.note_placed(attempt.attempt_id, request, decision, now_s)
         note_guesses(self._cluster, decision, request, now_s)
         return True
-
-    def _placement_request(self, entry: RequestEntry) -> PlacementRequest:
-        request = entry.continuation()
-        return PlacementRequest(
-            request_id=entry.request_id,
-            model=entry.model,
-            token_ids=request.token_ids,
-            num_growth_tokens=min(request.num_remaining_tokens, self.config.growth_tokens),
-            cache_salt=request.cache_salt,
-            avoided=entry.avoided,
-            blocks=entry.blocks(),
-        )

@@ -28,6 +28,7 @@ from kvrelay.core.request import FinishReason, TokenRequest
 from kvrelay.router.block_keys import PromptBlocks
 from kvrelay.router.events import SessionId
 from kvrelay.router.output_merge import NO_ATTEMPT, OutputMerge
+from kvrelay.router.placement import PlacementRequest
 
 
 class RequestState(StrEnum):
@@ -100,6 +101,8 @@ class RequestEntry:
     attempt: Attempt | None = None
     continued: TokenRequest | None = None
     hashed: PromptBlocks | None = None
+    placing: PlacementRequest | None = None
+    """As the policy saw it last."""
     num_attempts: int = 0
     num_unsettled_attempts: int = 0
     queued_since_s: float = 0.0

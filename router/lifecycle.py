@@ -22,7 +22,7 @@ from kvrelay.router.cluster_state import ClusterState
 from kvrelay.router.config import RouterCoreConfig
 from kvrelay.router.events import DeliverFailed, DeliverFinished, Effect, RequestReport, SendCommand
 from kvrelay.router.ledger import Attempt, Ledger, RequestEntry, RequestState, Side, SideState
-from kvrelay.router.placement import Decision
+from kvrelay.router.placement import Decision, PlacementPolicy
 from kvrelay.router.placement_memory import PlacementMemory
 from kvrelay.router.views import Counters
 
@@ -38,6 +38,7 @@ class Lifecycle:
     queue: AdmissionQueue
     counters: Counters
     memory: PlacementMemory
+    policy: PlacementPolicy
     effects: list[Effect] = field(default_factory=list)
     has_news_for_queue: bool = False
 
@@ -50,7 +51,7 @@ class Lifecycle:
         self.queue.enqueue(entry)
         self.has_news_for_queue = True
 
-    def dispatch(self, entry: RequestEntry, decision: Decision, num_blocks: int, now_s: float) -> None:
+    def dispatch(self, entry: RequestEntry, decision: Decision, num_blocks: int, now_s: float) -> Attempt:
         """Start an attempt on both nodes of the pair. The caller takes the entry out of the queue."""
         prefill, decode = (
             self.cluster.nodes[node_id] for node_id in (decision.prefill_node, decision.decode_node)
@@ -74,6 +75,7 @@ class Lifecycle:
         attempt_id, address = attempt.attempt_id, decode.description.transfer_address
         self.effects.append(SendCommand(decision.decode_node, ReserveDecode(attempt_id, request)))
         self.effects.append(SendCommand(decision.prefill_node, StartPrefill(attempt_id, request, address)))
+        return attempt
 
     def _note_dispatch(self, entry: RequestEntry, decision: Decision, now_s: float) -> None:
         entry.num_attempts += 1
@@ -157,12 +159,13 @@ class Lifecycle:
             self.ledger.mark_releasing(attempt, role, now_s)
             self.effects.append(SendCommand(side.node_id, ReleaseKV(attempt.attempt_id)))
 
-    def settle(self, attempt: Attempt, role: Role) -> None:
+    def settle(self, attempt: Attempt, role: Role, now_s: float) -> None:
         """The node holds nothing of this attempt any more."""
         side = attempt.side(role)
         node = self.cluster.nodes.get(side.node_id)
         if node is not None and attempt.attempt_id in node.in_flight:
             node.give_back(attempt, side)
+            self.policy.note_settled(side.node_id, attempt.attempt_id, now_s)
         self.ledger.settle_side(attempt, role)
         self.has_news_for_queue = True
 
@@ -241,7 +244,7 @@ class Lifecycle:
                 self.counters.num_overdue_releases += 1
             if now_s - released_s >= self.config.lease_s:
                 self.counters.num_expired_holds += 1
-                self.settle(attempt, role)
+                self.settle(attempt, role, now_s)
 
 
 def _report(entry: RequestEntry, now_s: float) -> RequestReport:

@@ -1,4 +1,4 @@
-"""Choosing a (prefill, decode) pair for a request: the interface of every policy, and the least-loaded one.
+"""Choosing a (prefill, decode) pair for a request: the interface of every policy.
 
 A policy sees requests and nodes through read-only protocols, decides, and shows its work: every candidate
 with every term of its score, so that a decision can be asked about afterwards.
@@ -6,8 +6,9 @@ with every term of its score, so that a decision can be asked about afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from random import Random
 from typing import Protocol
 
@@ -16,8 +17,8 @@ from numpy.typing import NDArray
 
 from kvrelay.core.explanation import Candidate as Candidate
 from kvrelay.core.explanation import Decision as Decision
-from kvrelay.core.ids import NodeId, RequestId
-from kvrelay.core.node_messages import NodeDescription, NodeLoad, Role
+from kvrelay.core.ids import AttemptId, NodeId, RequestId
+from kvrelay.core.node_messages import NodeDescription, NodeLoad, PrefillFinished, Role
 from kvrelay.router.block_index import BlockIndex
 from kvrelay.router.block_keys import PromptBlocks
 
@@ -28,6 +29,7 @@ class PlacementRequest:
 
     `token_ids` is the prompt plus the output delivered so far, `blocks` their keys in the block index;
     `num_growth_tokens` is the output to set aside room for. Nodes in `avoided` failed this request before.
+    `submitted_s` is when it came, on the router's clock.
     """
 
     request_id: RequestId
@@ -36,6 +38,7 @@ class PlacementRequest:
     num_growth_tokens: int
     cache_salt: bytes = b""
     avoided: frozenset[NodeId] = frozenset()
+    submitted_s: float = 0.0
     blocks: PromptBlocks = field(default=None, compare=False)  # type: ignore[assignment]  # see below
 
     def __post_init__(self) -> None:
@@ -110,100 +113,104 @@ class ClusterView(Protocol):
         ...
 
 
-class PlacementPolicy(Protocol):
-    """Decides; holds no resources. May learn between calls, deterministically."""
+class WaitingRequests(Protocol):
+    """The requests of one model that wait, oldest first. `len` may count some that are not to start yet."""
 
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[PlacementRequest]: ...
+
+
+class PlacementPolicy(Protocol):
+    """Decides which waiting request starts next, and where; holds no resources. It may learn from what it is
+    told between decisions (`note_...`), deterministically."""
+
+    @property
+    def name(self) -> str: ...
+
+    def pick(self, waiting: WaitingRequests, cluster: ClusterView, now_s: float, rng: Random) -> Pick | None:
+        """One of the waiting requests of one model, oldest first, with a pair of equal fingerprints and no
+        objection; None: nothing is to start now. Asked again after each placement, and whenever something
+        changed that may let a request start."""
+        ...
+
+    def note_attached(self, node: NodeView, now_s: float) -> None:
+        """The node can be placed on from now on."""
+        ...
+
+    def note_lost(self, node: NodeView) -> None:
+        """The node is gone, with all it held."""
+        ...
+
+    def note_load(self, node: NodeView, load: NodeLoad) -> None:
+        """The node said how busy it is."""
+        ...
+
+    def note_placed(
+        self, attempt_id: AttemptId, request: PlacementRequest, decision: Decision, now_s: float
+    ) -> None:
+        """An attempt was dispatched to the pair of `decision`."""
+        ...
+
+    def note_prefilled(self, node_id: NodeId, report: PrefillFinished, now_s: float) -> None:
+        """The prefill of a current attempt is computed."""
+        ...
+
+    def note_settled(self, node_id: NodeId, attempt_id: AttemptId, now_s: float) -> None:
+        """The node holds nothing of the attempt any more, whatever became of it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """The request that is to start, and where."""
+
+    request: PlacementRequest
+    decision: Decision
+
+
+class FirstComePolicy(ABC):
+    """A `PlacementPolicy` that takes requests in order, learns nothing, and chooses the pair by `choose`."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str: ...
+
+    @abstractmethod
     def choose(
         self, request: PlacementRequest, cluster: ClusterView, now_s: float, rng: Random
     ) -> Decision | None:
         """A pair with equal fingerprints and no objection, or None when there is none now."""
-        ...
 
-
-class LeastLoaded:
-    """The prefill node with the fewest outstanding tokens, the decode node with the most free head-room."""
-
-    name = "least-loaded"
-
-    def choose(
-        self, request: PlacementRequest, cluster: ClusterView, now_s: float, rng: Random
-    ) -> Decision | None:
-        """See `PlacementPolicy.choose`. Ties are broken by `rng`."""
-        scored = {
-            role: [
-                (node, self._score(node, role, request, now_s))
-                for node in cluster.nodes_of(request.model, role)
-            ]
-            for role in Role
-        }
-        best = self._best_pair(scored, request, rng)
-        if best is None:
-            return None
-        candidates = tuple(
-            candidate if candidate.node_id in best else _with_avoidance(candidate, request)
-            for role in Role
-            for _, candidate in scored[role]
-        )
-        return Decision(*best, candidates, self.name)
-
-    def _score(self, node: NodeView, role: Role, request: PlacementRequest, now_s: float) -> Candidate:
-        if role is Role.PREFILL:
-            terms = (
-                ("outstanding_tokens", float(node.outstanding_prefill_tokens)),
-                ("new_tokens", float(request.num_tokens)),
-            )
-        else:
-            num_blocks = node.description.num_blocks
-            terms = (
-                ("reserved_share", node.reserved_blocks / num_blocks),
-                ("new_share", node.blocks_for(request) / num_blocks),
-            )
-        objection = node.objection(request, now_s)
-        score = terms[0][1] + terms[1][1]
-        return Candidate(node.description.node_id, role, score, terms, objection)
-
-    def _best_pair(
-        self,
-        scored: dict[Role, list[tuple[NodeView, Candidate]]],
-        request: PlacementRequest,
-        rng: Random,
-    ) -> tuple[NodeId, NodeId] | None:
-        """The best pair of the best group of equal fingerprints: least prefill wait, then most head-room."""
-        groups = {
-            digest: [[pair for pair in scored[role] if pair[0].fingerprint_digest == digest] for role in Role]
-            for digest in {node.fingerprint_digest for node, _ in scored[Role.PREFILL]}
-        }
-        best: tuple[float, float] | None = None
-        choice: tuple[NodeId, NodeId] | None = None
-        for digest in sorted(groups):
-            prefill, decode = (_least(members, request, rng) for members in groups[digest])
-            if prefill is None or decode is None:
-                continue
-            score = (prefill.score, decode.score)
-            if best is None or score < best:
-                best, choice = score, (prefill.node_id, decode.node_id)
-        return choice
-
-
-def _least(
-    members: list[tuple[NodeView, Candidate]], request: PlacementRequest, rng: Random
-) -> Candidate | None:
-    """The least-scored member without objection; one that failed this request only if there is no other."""
-    others = [
-        candidate
-        for node, candidate in members
-        if candidate.node_id not in request.avoided and not node.is_draining
-    ]
-    pool = others or [candidate for _, candidate in members]
-    able = [candidate for candidate in pool if not candidate.objection]
-    if not able:
+    def pick(self, waiting: WaitingRequests, cluster: ClusterView, now_s: float, rng: Random) -> Pick | None:
+        """See `PlacementPolicy.pick`: the first that can start. Only a request that waits for other nodes
+        than those which failed it lets later ones pass."""
+        for request in waiting:
+            decision = self.choose(request, cluster, now_s, rng)
+            if decision is not None:
+                return Pick(request, decision)
+            if not request.avoided:
+                return None
         return None
-    least = min(candidate.score for candidate in able)
-    ties = [candidate for candidate in able if candidate.score == least]
-    return ties[0] if len(ties) == 1 else rng.choice(ties)
 
+    # What follows is told to every policy; this one need not know. See `PlacementPolicy`.
 
-def _with_avoidance(candidate: Candidate, request: PlacementRequest) -> Candidate:
-    if candidate.node_id not in request.avoided or candidate.objection:
-        return candidate
-    return replace(candidate, objection="it failed this request before")
+    def note_attached(self, node: NodeView, now_s: float) -> None:
+        return
+
+    def note_lost(self, node: NodeView) -> None:
+        return
+
+    def note_load(self, node: NodeView, load: NodeLoad) -> None:
+        return
+
+    def note_placed(
+        self, attempt_id: AttemptId, request: PlacementRequest, decision: Decision, now_s: float
+    ) -> None:
+        return
+
+    def note_prefilled(self, node_id: NodeId, report: PrefillFinished, now_s: float) -> None:
+        return
+
+    def note_settled(self, node_id: NodeId, attempt_id: AttemptId, now_s: float) -> None:
+        return

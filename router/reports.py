@@ -88,6 +88,7 @@ def _apply_prefill_finished(
         fail_by_fault(life, node, attempt, "it finished a prefill without its token", now_s)
         return
     node.record_computed(attempt.prefill)
+    life.policy.note_prefilled(node.description.node_id, report, now_s)
     life.has_news_for_queue = True
     entry.prefilled = report
     entry.move_to(RequestState.HANDING_OFF)
@@ -109,7 +110,7 @@ def _apply_terminal(
     now_s: float,
 ) -> None:
     role = node.description.role
-    life.settle(attempt, role)
+    life.settle(attempt, role, now_s)
     if isinstance(report, AttemptRefused) and not isinstance(_error_of(report), CallerError):
         node.record_refusal(now_s)
     if not attempt.is_current:
@@ -196,8 +197,9 @@ def apply_loss(life: Lifecycle, node: NodeState, reason: str, now_s: float) -> N
     life.counters.num_nodes_lost += 1
     attempts = sorted(node.in_flight.values(), key=lambda attempt: attempt.entry.serial, reverse=True)
     life.cluster.remove_node(node, now_s)
+    life.policy.note_lost(node)
     for attempt in attempts:
-        life.settle(attempt, role)
+        life.settle(attempt, role, now_s)
         if attempt.is_current and not survives_loss_of(attempt, role):
             error = NodeUnavailable(f"the {role} node {node_id} was lost: {reason}")
             life.fail_attempt(attempt, error, now_s)

@@ -22,9 +22,9 @@ from kvrelay.router.core import RouterCore
 from kvrelay.router.generate_service import GenerateService
 from kvrelay.router.http_server import HttpServer, make_app
 from kvrelay.router.info_service import InfoService
+from kvrelay.router.least_loaded import LeastLoaded
 from kvrelay.router.listening import listen_grpc, listen_http
 from kvrelay.router.metrics import RouterMetrics
-from kvrelay.router.placement import LeastLoaded
 from kvrelay.router.router_service import SERVICE_NAME as ROUTER_SERVICE
 from kvrelay.router.router_service import register_router
 from kvrelay.router.server_config import RouterConfig

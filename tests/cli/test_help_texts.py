@@ -61,7 +61,7 @@ def test_help_of_a_command_says_what_it_takes(
 
 def test_no_command_is_listed_that_does_not_exist_yet(invoke: Any) -> None:
     words = invoke("--help").out.split()
-    assert not {"drain", "simulate", "bench"} & set(words)
+    assert not {"drain", "bench"} & set(words)
 
 
 def test_version(invoke: Any) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-PACKAGED_SUFFIXES = {".py", ".pyi", ".typed"}
+PACKAGED_SUFFIXES = {".py", ".pyi", ".typed", ".toml"}
 
 
 def _tracked_package_files() -> set[str]:

@@ -48,7 +48,7 @@ from kvrelay.router.events import (
     SessionId,
     Ticked,
 )
-from kvrelay.router.placement import LeastLoaded
+from kvrelay.router.least_loaded import LeastLoaded
 
 FINGERPRINT = KVFingerprint("tiny", "float32", 2, 1, 4, "rope")
 

@@ -41,7 +41,7 @@ from kvrelay.router.events import (
     SessionId,
     Ticked,
 )
-from kvrelay.router.placement import LeastLoaded
+from kvrelay.router.least_loaded import LeastLoaded
 
 from .fake_node import CONTEXT_TOKENS, EOS, FakeNode, right_answer
 

@@ -10,7 +10,8 @@ from kvrelay.core.ids import NodeId, RequestId
 from kvrelay.core.node_messages import Role
 from kvrelay.router.cluster_state import ClusterState, NodeState
 from kvrelay.router.config import RouterCoreConfig
-from kvrelay.router.placement import Decision, LeastLoaded, PlacementRequest
+from kvrelay.router.least_loaded import LeastLoaded
+from kvrelay.router.placement import Decision, PlacementRequest
 
 REQUEST = PlacementRequest(RequestId("r"), "m", (1, 2, 3), num_growth_tokens=5)
 

@@ -9,8 +9,8 @@ from kvrelay.router.attachments import Attachments
 from kvrelay.router.config import RouterCoreConfig
 from kvrelay.router.core import RouterCore
 from kvrelay.router.events import Ticked
+from kvrelay.router.least_loaded import LeastLoaded
 from kvrelay.router.metrics import RouterMetrics
-from kvrelay.router.placement import LeastLoaded
 from kvrelay.router.server_config import RouterConfig
 from kvrelay.router.shell import RouterShell
 from kvrelay.router.tokenizer_store import MAX_ASSEMBLIES, TokenizerStore

@@ -1,0 +1,67 @@
+"""What it would take to prefill one prompt on each node of a fleet, with the help of what caches hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvrelay.router.block_index import PrefixMatch
+from kvrelay.router.learned_costs import Ints
+from kvrelay.router.online_fit import Floats
+from kvrelay.router.prefill_fleet import PrefillFleet
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PrefillOptions:
+    """By slot: seconds to compute the prompt on its own cache (`own_s`), or with what the best holder has
+    (`pulled_s`, of which `pull_s` to fetch it), and the lesser of both (`work_s`). `own_tokens` are cached
+    there already, `pulled_tokens` would be with the pull; `holder` is the slot to pull from."""
+
+    keys: Sequence[int]
+    match: PrefixMatch
+    own_blocks: Ints
+    own_tokens: Ints
+    pulled_tokens: Ints
+    pull_s: Floats
+    work_s: Floats
+    does_pull: Ints
+    holder: int
+    least_work_s: float
+
+    def num_new_blocks(self, slot: int) -> int:
+        """What that node's cache would have to take in."""
+        return len(self.keys) - int(self.own_blocks[slot])
+
+    def cached_tokens(self, slot: int) -> int:
+        """What need not be computed on that node."""
+        return int(self.pulled_tokens[slot] if self.does_pull[slot] else self.own_tokens[slot])
+
+
+def prefill_options(keys: Sequence[int], num_tokens: int, fleet: PrefillFleet) -> PrefillOptions:
+    """The options for a prompt of `num_tokens` tokens with these blocks, at this moment.
+
+    At least one token is computed wherever it runs: its output is wanted.
+    """
+    held = fleet.held_blocks(keys)
+    most = num_tokens - 1
+    own_tokens = np.minimum(held.later * fleet.block_size, most)
+    holder = int(held.now.argmax())
+    best = min(int(held.now[holder]) * fleet.block_size, most)
+    own_s = fleet.costs.seconds(num_tokens, own_tokens)
+    if best == 0 or best <= own_tokens.min():
+        no_pull = np.zeros(len(own_tokens))
+        return PrefillOptions(
+            keys, held.match, held.later, own_tokens, own_tokens, no_pull, own_s,
+            no_pull.astype(np.int64), holder, float(own_s.min()),
+        )  # fmt: skip
+    pulled_tokens = np.maximum(own_tokens, best)
+    pull_s = fleet.pull_costs.seconds(pulled_tokens - own_tokens)
+    pulled_s = pull_s + fleet.costs.seconds(num_tokens, pulled_tokens)
+    does_pull = pulled_s < own_s
+    work_s = np.where(does_pull, pulled_s, own_s)
+    return PrefillOptions(
+        keys, held.match, held.later, own_tokens, pulled_tokens, np.where(does_pull, pull_s, 0.0), work_s,
+        does_pull.astype(np.int64), holder, float(work_s.min()),
+    )  # fmt: skip

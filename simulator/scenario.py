@@ -1,0 +1,55 @@
+"""What is simulated: which cluster, which load, which policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvrelay.core.errors import ConfigError
+
+MAX_NODES = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """`num_decode_nodes` is 0 to leave decode out: a request ends with its first token.
+
+    A request is refused that waits longer than `queue_timeout_s` at the router, or that comes while
+    `max_queued` wait there; the defaults refuse none. The limits of goodput are on a request's time to first
+    token, and on 99 % of its own gaps between tokens.
+
+    Raises:
+        ConfigError: with all faults, one a line.
+    """
+
+    num_prefill_nodes: int
+    num_decode_nodes: int
+    cache_blocks: int
+    policy: str
+    load: float
+    seed: int = 0
+    queue_timeout_s: float = 1e9
+    max_queued: int = 10**9
+    ttft_limit_s: float = 0.5
+    itl_limit_s: float = 0.025
+
+    def __post_init__(self) -> None:
+        faults = []
+        for name, least, most in (
+            ("num_prefill_nodes", 1, MAX_NODES),
+            ("num_decode_nodes", 0, MAX_NODES),
+            ("cache_blocks", 1, 10**9),
+            ("max_queued", 1, 10**9),
+        ):
+            if not least <= getattr(self, name) <= most:
+                faults.append(f"{name} must be from {least} to {most}, got {getattr(self, name)}")
+        faults += [
+            f"{name} must be above 0, got {getattr(self, name)}"
+            for name in ("load", "queue_timeout_s", "ttft_limit_s", "itl_limit_s")
+            if not 0.0 < getattr(self, name) <= 1e9
+        ]
+        if faults:
+            raise ConfigError("\n".join(faults))
+
+    @property
+    def has_decode(self) -> bool:
+        return self.num_decode_nodes > 0
