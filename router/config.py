@@ -6,13 +6,17 @@ import math
 from dataclasses import dataclass, fields
 
 from kvrelay.core.errors import ConfigError
+from kvrelay.router.priorities import DEFAULT_PRIORITIES, Priorities
 
 
 @dataclass(frozen=True, slots=True)
 class RouterCoreConfig:
     """Every bound of the router's core. Times in seconds on the core's clock.
 
-    Queue: `max_queued_requests` over all models; a request waits at most `queue_timeout_s` for room, and at
+    Queue: `max_queued_requests` of each class of `priorities`, over all models, of which a tenant may have
+    `max_tenant_share` of what others leave; requests that name no tenant are not held to that. Of those that
+    are refused because they would be too late, `trial_share` is served all the same, to count how many such
+    refusals are false. A request waits at most `queue_timeout_s` for room, and at
     most `node_wait_s` while no pair of nodes could serve its model at all.
 
     Attempts: `max_attempts` counts dispatches of one request that a node accepted; refusals are bounded by
@@ -38,6 +42,9 @@ class RouterCoreConfig:
     """
 
     max_queued_requests: int = 1024
+    max_tenant_share: float = 0.5
+    trial_share: float = 0.02
+    priorities: Priorities = DEFAULT_PRIORITIES
     queue_timeout_s: float = 30.0
     node_wait_s: float = 10.0
     default_deadline_s: float = 600.0
@@ -72,7 +79,11 @@ class RouterCoreConfig:
         faults = []
         for spec in fields(self):
             value = getattr(self, spec.name)
-            if spec.type == "int":
+            if spec.name == "priorities":
+                continue
+            if spec.name.endswith("_share"):
+                faults += _share_faults(spec.name, value)
+            elif spec.type == "int":
                 low = 0 if spec.name in ("growth_tokens", "num_remembered_decisions") else 1
                 if isinstance(value, bool) or not isinstance(value, int) or value < low:
                     faults.append(f"{spec.name} must be an integer of at least {low}, got {value!r}")
@@ -100,3 +111,10 @@ class RouterCoreConfig:
             if isinstance(low, int | float) and isinstance(high, int | float) and low > high:
                 faults.append(f"{smaller} ({low:g}) must not be above {larger} ({high:g})")
         return faults
+
+
+def _share_faults(name: str, value: object) -> list[str]:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and 0.0 <= value <= 1.0:  # type: ignore[operator]  # is_number
+        return []
+    return [f"{name} must be a number from 0 to 1, got {value!r}"]

@@ -17,7 +17,8 @@ from kvrelay.core.ids import AttemptId, RequestId
 from kvrelay.core.node_messages import TokenBatch
 from kvrelay.core.request import FinishReason, TokenRequest, check_fits_model
 from kvrelay.core.sampling import MAX_SEED
-from kvrelay.router.admission import AdmissionQueue, check_names, completed_reason, deadline_of, find_model
+from kvrelay.router.admission import check_names, completed_reason, deadline_of, find_model
+from kvrelay.router.admission_queue import AdmissionQueue
 from kvrelay.router.cluster_state import ClusterState, NodeState, description_fault
 from kvrelay.router.config import RouterCoreConfig
 from kvrelay.router.events import (
@@ -35,7 +36,7 @@ from kvrelay.router.events import (
 )
 from kvrelay.router.invariants import check_books
 from kvrelay.router.kv_routing import apply_kv_event, ask_again, note_guesses
-from kvrelay.router.ledger import Ledger, RequestEntry
+from kvrelay.router.ledger import Ledger, RequestEntry, RequestState
 from kvrelay.router.lifecycle import Lifecycle
 from kvrelay.router.merge import batch_fault, merge_batch
 from kvrelay.router.output_merge import OutputMerge
@@ -62,7 +63,7 @@ class RouterCore:
         self._rng = rng
         self._cluster = ClusterState(config)
         self._ledger = Ledger()
-        self._queue = AdmissionQueue(config)
+        self._queue = AdmissionQueue(config, self._cluster, rng)
         self._counters = Counters()
         self._memory = PlacementMemory(config.num_remembered_decisions)
         self._life = Lifecycle(
@@ -142,9 +143,8 @@ class RouterCore:
             self._life.finish(entry, reason, now_s)
             return
         self._place_queued(now_s)
-        if self._queue.is_over_bound:
-            limit = self.config.max_queued_requests
-            error = self._queue.overloaded(f"{limit} requests are queued already")
+        error = self._queue.keep_waiting(entry, now_s) if entry.state is RequestState.QUEUED else None
+        if error is not None:
             self._life.fail(entry, error, now_s)
 
     def _new_entry(
@@ -159,6 +159,7 @@ class RouterCore:
             request=request,
             submitted_s=now_s,
             deadline_s=deadline_s,
+            terms=event.terms,
             merge=OutputMerge(
                 session=event.session,
                 stream_id=event.stream_id,
@@ -193,6 +194,7 @@ class RouterCore:
         self._life.expire_holds(now_s)
         self._life.effects.extend(ask_again(self._cluster, now_s))
         self._cluster.forget_vacant_models(self._queue.waiting, now_s)
+        self._queue.prospects.forget_models()
         # A refusal's pause may have run out: time alone can let a request start.
         self._life.has_news_for_queue = bool(self._queue.waiting)
 
@@ -270,9 +272,12 @@ class RouterCore:
             return False
         request, decision = picked.request, picked.decision
         entry = self._ledger.requests[request.request_id]
+        error = self._queue.late_error(entry, decision, now_s)
+        if error is not None:
+            self._life.fail(entry, error, now_s)
+            return True
         num_blocks = self._cluster.nodes[decision.decode_node].blocks_for(request)
         attempt = self._life.dispatch(entry, decision, num_blocks, now_s)
-        self._queue.remove(entry)
         self._policy.note_placed(attempt.attempt_id, request, decision, now_s)
         note_guesses(self._cluster, decision, request, now_s)
         return True

@@ -29,7 +29,8 @@ class PlacementRequest:
 
     `token_ids` is the prompt plus the output delivered so far, `blocks` their keys in the block index;
     `num_growth_tokens` is the output to set aside room for. Nodes in `avoided` failed this request before.
-    `submitted_s` is when it came, on the router's clock.
+    `submitted_s` is when it came, on the router's clock. Of waiting requests, those of the `group` that comes
+    first go before all of the next one.
     """
 
     request_id: RequestId
@@ -39,6 +40,7 @@ class PlacementRequest:
     cache_salt: bytes = b""
     avoided: frozenset[NodeId] = frozenset()
     submitted_s: float = 0.0
+    group: str = ""
     blocks: PromptBlocks = field(default=None, compare=False)  # type: ignore[assignment]  # see below
 
     def __post_init__(self) -> None:

@@ -89,6 +89,7 @@ def _apply_prefill_finished(
         return
     node.record_computed(attempt.prefill)
     life.policy.note_prefilled(node.description.node_id, report, now_s)
+    life.queue.note_prefilled(entry, report, now_s)
     life.has_news_for_queue = True
     entry.prefilled = report
     entry.move_to(RequestState.HANDING_OFF)

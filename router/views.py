@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from kvrelay.core.cluster_view import IndexState
 from kvrelay.core.node_messages import NodeDescription, NodeLoad, Role
-from kvrelay.router.admission import AdmissionQueue
+from kvrelay.router.admission_queue import AdmissionQueue
 from kvrelay.router.block_index import BlockIndex
 from kvrelay.router.cluster_state import ClusterState, FingerprintMismatch, ModelState, NodeState
 from kvrelay.router.ledger import Ledger, RequestState, SideState

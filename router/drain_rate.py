@@ -1,0 +1,73 @@
+"""How fast the queue of a model moves, measured while somebody waits, and how true forecasts of it were.
+
+The rate is in seconds of nodes' work per second and prefill node: near 1 if work is foretold well and prefill
+is what is scarce, less if decode is, or if other routers use the same nodes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+_MEMORY: Final = 1.0 - 1.0 / 64
+"""What one start later is left of what was measured before."""
+_MIN_STARTS: Final = 8
+"""Before so many requests have left the queue nothing is foretold."""
+_LOW: Final = 0.1
+_STEP: Final = 0.05
+_FIRST_RATIO: Final = 0.5
+_LEAST_RATIO: Final = 0.02
+
+
+class DrainRate:
+    """See the module. `low_ratio`: nine in ten of those that waited did so for at least this share of what
+    had been foretold."""
+
+    def __init__(self) -> None:
+        self.low_ratio = _FIRST_RATIO
+        self._work_s = 0.0
+        self._capacity_s = 0.0
+        self._time_s = 0.0
+        self._num_starts = 0
+        self._weight = 0.0
+        self._seen_s: float | None = None
+
+    @property
+    def mean_start_s(self) -> float:
+        """Seconds between two starts, while somebody waits."""
+        return self._time_s / self._weight if self._weight else 0.0
+
+    def note_waiting(self, num_nodes: int, now_s: float) -> None:
+        """Somebody waits, with so many nodes there since the last call."""
+        if self._seen_s is not None:
+            self._time_s += now_s - self._seen_s
+            self._capacity_s += (now_s - self._seen_s) * num_nodes
+        self._seen_s = now_s
+
+    def note_empty(self) -> None:
+        """Nobody waits any more."""
+        self._seen_s = None
+
+    def note_started(self, work_s: float) -> None:
+        """Somebody that waited has been started."""
+        self._work_s = self._work_s * _MEMORY + work_s
+        self._capacity_s *= _MEMORY
+        self._time_s *= _MEMORY
+        self._weight = self._weight * _MEMORY + 1.0
+        self._num_starts += 1
+
+    def wait_s(self, work_ahead_s: float, num_nodes: int, now_s: float) -> float:
+        """Seconds until so much work that waits has been started; 0 while nothing is known."""
+        if self._num_starts < _MIN_STARTS or num_nodes < 1 or self._work_s <= 0.0:
+            return 0.0
+        silent_s = now_s - self._seen_s if self._seen_s is not None else 0.0
+        capacity_s = self._capacity_s + silent_s * num_nodes
+        return work_ahead_s * capacity_s / self._work_s / num_nodes
+
+    def note_waited(self, actual_s: float, foretold_s: float) -> None:
+        """What became of a forecast: the request was started, or given up, after so long."""
+        if foretold_s <= 0.0:
+            return
+        is_less = actual_s < self.low_ratio * foretold_s
+        self.low_ratio *= math.exp(_STEP * (_LOW - 1.0 if is_less else _LOW))
+        self.low_ratio = min(max(self.low_ratio, _LEAST_RATIO), 1.0)
