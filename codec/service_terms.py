@@ -33,14 +33,20 @@ def decode_terms(pb: router_pb2.GenerateRequest) -> ServiceTerms:
     Raises:
         InvalidRequest: a field is out of range.
     """
-    priority = _FROM_WIRE.get(pb.priority)
-    if priority is None:
-        raise InvalidRequest(f"priority {pb.priority} is none of the enum Priority", field="priority")
+    priority = decode_priority(pb.priority, "priority")
     tenant = text(pb.tenant, "tenant", MAX_TENANT_CHARS)
     if not pb.HasField("ttft_timeout_s"):
         plain = not tenant and priority is Priority.NORMAL
         return DEFAULT_TERMS if plain else ServiceTerms(priority, tenant)
     return ServiceTerms(priority, tenant, decode_timeout(pb.ttft_timeout_s, "ttft_timeout_s"))
+
+
+def decode_priority(value: int, field: str) -> Priority:
+    """Raises `InvalidRequest`, naming `field`."""
+    priority = _FROM_WIRE.get(value)
+    if priority is None:
+        raise InvalidRequest(f"{field} {value} is none of the enum Priority", field=field)
+    return priority
 
 
 def decode_timeout(timeout_s: float, field: str) -> float:

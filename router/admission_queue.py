@@ -75,6 +75,11 @@ class AdmissionQueue:
         for queue in self.waiting.values():
             yield from queue.all()
 
+    def num_of_model(self, model: str) -> int:
+        """How many wait, continuations included."""
+        queue = self.waiting.get(model)
+        return len(queue) if queue is not None else 0
+
     def num_of_class(self, priority: Priority) -> int:
         """How many of the class wait, less the continuations."""
         return self._num_of_class[priority]
@@ -99,9 +104,13 @@ class AdmissionQueue:
         )
         self._queue_of(entry).add_first(entry)
 
-    def keep_waiting(self, entry: RequestEntry, now_s: float) -> KVRelayError | None:
-        """It could not start at once. Returns why it may not wait, or None if it may."""
+    def keep_waiting(self, entry: RequestEntry, prefill_s: float | None, now_s: float) -> KVRelayError | None:
+        """It could not start at once. `prefill_s` is what its prefill takes, where the policy knows. Returns
+        why it may not wait, or None if it may."""
         queue = self.waiting[entry.model]
+        queue.remove(entry)
+        entry.outlook = self.prospects.outlook(entry, prefill_s)
+        queue.add(entry)
         entry.outlook = self.prospects.with_wait(entry, queue, now_s)
         self._note_time(entry.model, now_s)
         self._num_kept[entry.model] += 1
@@ -172,7 +181,7 @@ class AdmissionQueue:
             self._note_time(entry.model, now_s)
             drain.note_started(outlook.work_s)
         if outlook.has_waited:
-            drain.note_waited(now_s - entry.queued_since_s, outlook.wait_s)
+            drain.note_waited(now_s - entry.queued_since_s, outlook.wait_s, outlook.work_s)
         self.remove(entry, now_s)
         entry.outlook = self.prospects.placed(entry, decision, now_s)
 
@@ -200,8 +209,8 @@ class AdmissionQueue:
             return None
         waited_s = now_s - entry.queued_since_s
         drain = self.prospects.forecast(entry.model).drain
-        if outlook.has_waited and waited_s >= drain.low_ratio * outlook.wait_s:
-            drain.note_waited(waited_s, outlook.wait_s)
+        if outlook.has_waited and waited_s >= drain.at_best_s(outlook.wait_s, outlook.work_s):
+            drain.note_waited(waited_s, outlook.wait_s, outlook.work_s)
         if waited_s > 0.0:
             text = f"after {waited_s:.3g} s in the queue it would be too late for its deadline"
             return self.refuse(entry.terms, Refusal.DROPPED, text, outlook.wait_s)

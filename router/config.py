@@ -14,9 +14,10 @@ class RouterCoreConfig:
     """Every bound of the router's core. Times in seconds on the core's clock.
 
     Queue: `max_queued_requests` of each class of `priorities`, over all models, of which a tenant may have
-    `max_tenant_share` of what others leave; requests that name no tenant are not held to that. Of those that
-    are refused because they would be too late, `trial_share` is served all the same, to count how many such
-    refusals are false. A request waits at most `queue_timeout_s` for room, and at
+    `max_tenant_share` of what others leave; requests that name no tenant are not held to that. One that comes
+    too late for its deadline is refused at once if the chance that it makes it all the same is foretold to be
+    less than `min_chance`; `trial_share` of these are served, to count how many such refusals are false. A
+    request waits at most `queue_timeout_s` for room, and at
     most `node_wait_s` while no pair of nodes could serve its model at all.
 
     Attempts: `max_attempts` counts dispatches of one request that a node accepted; refusals are bounded by
@@ -43,6 +44,7 @@ class RouterCoreConfig:
 
     max_queued_requests: int = 1024
     max_tenant_share: float = 0.5
+    min_chance: float = 0.2
     trial_share: float = 0.02
     priorities: Priorities = DEFAULT_PRIORITIES
     queue_timeout_s: float = 30.0
@@ -81,7 +83,7 @@ class RouterCoreConfig:
             value = getattr(self, spec.name)
             if spec.name == "priorities":
                 continue
-            if spec.name.endswith("_share"):
+            if spec.name.endswith("_share") or spec.name == "min_chance":
                 faults += _share_faults(spec.name, value)
             elif spec.type == "int":
                 low = 0 if spec.name in ("growth_tokens", "num_remembered_decisions") else 1

@@ -44,7 +44,7 @@ from kvrelay.router.placement import PlacementPolicy
 from kvrelay.router.placement_memory import PlacementMemory
 from kvrelay.router.reports import apply_faults, apply_loss, apply_report
 from kvrelay.router.views import ClusterStatus, Counters, cluster_status
-from kvrelay.router.waiting import WaitingEntries
+from kvrelay.router.waiting import WaitingEntries, placement_request
 
 
 class RouterCore:
@@ -143,9 +143,15 @@ class RouterCore:
             self._life.finish(entry, reason, now_s)
             return
         self._place_queued(now_s)
-        error = self._queue.keep_waiting(entry, now_s) if entry.state is RequestState.QUEUED else None
+        if entry.state is not RequestState.QUEUED:
+            return
+        error = self._queue.keep_waiting(entry, self._prefill_s(entry, now_s), now_s)
         if error is not None:
             self._life.fail(entry, error, now_s)
+
+    def _prefill_s(self, entry: RequestEntry, now_s: float) -> float | None:
+        """The policy's word on a request that waits."""
+        return self._policy.prefill_s(placement_request(entry, self.config.growth_tokens), now_s)
 
     def _new_entry(
         self, event: RequestSubmitted, request: TokenRequest, deadline_s: float, now_s: float

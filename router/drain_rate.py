@@ -13,18 +13,22 @@ _MEMORY: Final = 1.0 - 1.0 / 64
 """What one start later is left of what was measured before."""
 _MIN_STARTS: Final = 8
 """Before so many requests have left the queue nothing is foretold."""
-_LOW: Final = 0.1
 _STEP: Final = 0.05
 _FIRST_RATIO: Final = 0.5
 _LEAST_RATIO: Final = 0.02
+_MAX_DOUBLINGS: Final = 3
+"""Requests are told apart by size, in doublings of the mean work, so many up and down."""
 
 
 class DrainRate:
-    """See the module. `low_ratio`: nine in ten of those that waited did so for at least this share of what
-    had been foretold."""
+    """See the module. Policies let small requests pass large ones, so how much of a foretold wait is sure is
+    learned by size."""
 
-    def __init__(self) -> None:
-        self.low_ratio = _FIRST_RATIO
+    def __init__(self, low: float) -> None:
+        """A share of `low` of the requests waits less than `at_best_s` says."""
+        self._low = low
+        self._low_ratios = [_FIRST_RATIO] * (2 * _MAX_DOUBLINGS + 1)
+        self._mean_work_s = 0.0
         self._work_s = 0.0
         self._capacity_s = 0.0
         self._time_s = 0.0
@@ -55,6 +59,7 @@ class DrainRate:
         self._time_s *= _MEMORY
         self._weight = self._weight * _MEMORY + 1.0
         self._num_starts += 1
+        self._mean_work_s += (work_s - self._mean_work_s) / min(self._num_starts, 64)
 
     def wait_s(self, work_ahead_s: float, num_nodes: int, now_s: float) -> float:
         """Seconds until so much work that waits has been started; 0 while nothing is known."""
@@ -64,10 +69,21 @@ class DrainRate:
         capacity_s = self._capacity_s + silent_s * num_nodes
         return work_ahead_s * capacity_s / self._work_s / num_nodes
 
-    def note_waited(self, actual_s: float, foretold_s: float) -> None:
+    def at_best_s(self, foretold_s: float, work_s: float) -> float:
+        """What all but a share of `low` of requests of that size wait at least when so much is foretold."""
+        return foretold_s * self._low_ratios[self._size(work_s)]
+
+    def note_waited(self, actual_s: float, foretold_s: float, work_s: float) -> None:
         """What became of a forecast: the request was started, or given up, after so long."""
         if foretold_s <= 0.0:
             return
-        is_less = actual_s < self.low_ratio * foretold_s
-        self.low_ratio *= math.exp(_STEP * (_LOW - 1.0 if is_less else _LOW))
-        self.low_ratio = min(max(self.low_ratio, _LEAST_RATIO), 1.0)
+        size = self._size(work_s)
+        is_less = actual_s < self._low_ratios[size] * foretold_s
+        ratio = self._low_ratios[size] * math.exp(_STEP * (self._low - 1.0 if is_less else self._low))
+        self._low_ratios[size] = min(max(ratio, _LEAST_RATIO), 1.0)
+
+    def _size(self, work_s: float) -> int:
+        if self._mean_work_s <= 0.0 or work_s <= 0.0:
+            return _MAX_DOUBLINGS
+        doublings = round(math.log2(work_s / self._mean_work_s))
+        return min(max(doublings, -_MAX_DOUBLINGS), _MAX_DOUBLINGS) + _MAX_DOUBLINGS

@@ -23,6 +23,8 @@ from kvrelay.router.output_lengths import OutputLengths
 
 _HIT_MEMORY: Final = 0.02
 _MIN_OBSERVED: Final = 8
+_SURE_ERRORS: Final = 2.5
+"""What is at best leaves out so many times what forecasts are off by on average."""
 _SLOT: Final = 0
 """All prefill nodes of a model are one here."""
 
@@ -40,12 +42,12 @@ class Capacity:
 class LoadForecast:
     """See the module. One for each model."""
 
-    def __init__(self) -> None:
+    def __init__(self, min_chance: float) -> None:
         self.prefill_costs = PrefillCosts(1)
         self.lengths = OutputLengths()
         self.pace = DecodePace()
         self.timeline = DecodeTimeline()
-        self.drain = DrainRate()
+        self.drain = DrainRate(min_chance)
         self._hit_share = 0.0
         self._capacity = Capacity(0, 0, 0, 0)
         self._capacity_of = -1
@@ -93,14 +95,12 @@ class LoadForecast:
     @property
     def prefill_share_at_best(self) -> float:
         """How much of a foretold prefill is sure; nothing before some were measured."""
-        costs = self.prefill_costs
-        return max(0.0, 1.0 - costs.relative_error) if costs.num_observed >= _MIN_OBSERVED else 0.0
+        return _sure_share(self.prefill_costs)
 
     @property
     def steps_share_at_best(self) -> float:
         """How much of a foretold decode step is sure; nothing before some were measured."""
-        pace = self.pace
-        return max(0.0, 1.0 - pace.relative_error) if pace.num_observed >= _MIN_OBSERVED else 0.0
+        return _sure_share(self.pace)
 
     def step_now_s(self) -> float:
         """A step as things stand, with one sequence more."""
@@ -176,3 +176,9 @@ class LoadForecast:
         """An attempt has come to its end, whatever became of it."""
         self.timeline.remove(serial)
         self.pace.end(serial, now_s)
+
+
+def _sure_share(learned: PrefillCosts | DecodePace) -> float:
+    if learned.num_observed < _MIN_OBSERVED:
+        return 0.0
+    return max(0.0, 1.0 - _SURE_ERRORS * learned.relative_error)

@@ -136,6 +136,11 @@ class PlacementPolicy(Protocol):
         changed that may let a request start."""
         ...
 
+    def prefill_s(self, request: PlacementRequest, now_s: float) -> float | None:
+        """Seconds that its prefill would take on the node that is best for it, with what caches hold; None:
+        that is not known."""
+        ...
+
     def note_attached(self, node: NodeView, now_s: float) -> None:
         """The node can be placed on from now on."""
         ...
@@ -195,7 +200,10 @@ class FirstComePolicy(ABC):
                 return None
         return None
 
-    # What follows is told to every policy; this one need not know. See `PlacementPolicy`.
+    # What follows is asked of every policy, and told to it; this one need not know. See `PlacementPolicy`.
+
+    def prefill_s(self, request: PlacementRequest, now_s: float) -> float | None:
+        return None
 
     def note_attached(self, node: NodeView, now_s: float) -> None:
         return

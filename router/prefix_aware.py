@@ -92,6 +92,14 @@ class PrefixAware(FleetPolicy):
                 return picked
         return None
 
+    def prefill_s(self, request: PlacementRequest, now_s: float) -> float | None:
+        """See `PlacementPolicy`; looked up anew at most once in a while."""
+        found = [
+            self._options_of(request, prefill, now_s, _OPTIONS_AGE_S).least_work_s
+            for prefill, _ in self.fleets(request.model)
+        ]
+        return min(found, default=None)
+
     def _pick_in(
         self,
         prefill: PrefillFleet,

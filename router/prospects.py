@@ -27,7 +27,7 @@ class Prospects:
         """What is learned of a model's nodes."""
         found = self._forecasts.get(model)
         if found is None:
-            found = self._forecasts[model] = LoadForecast()
+            found = self._forecasts[model] = LoadForecast(self.config.min_chance)
         found.capacity(self.cluster.models[model])
         return found
 
@@ -38,10 +38,10 @@ class Prospects:
 
     # ---- while it waits -------------------------------------------------------------------------
 
-    def outlook(self, entry: RequestEntry) -> Outlook:
-        """Of a request that has just come, before it is known whether it has to wait."""
+    def outlook(self, entry: RequestEntry, prefill_s: float | None = None) -> Outlook:
+        """Of a request that has just come; `prefill_s` is what its prefill takes, where the policy knows."""
         forecast = self.forecast(entry.model)
-        demand = forecast.demand(entry.request, self.config.growth_tokens)
+        demand = forecast.demand(entry.request, self.config.growth_tokens, prefill_s)
         ttft_timeout_s = entry.terms.ttft_timeout_s
         ttft_deadline_s = math.inf if ttft_timeout_s is None else entry.submitted_s + ttft_timeout_s
         decode_s = (demand.num_output_tokens - 1.0) * forecast.step_now_s()
@@ -74,7 +74,7 @@ class Prospects:
         """Whether a request that waits would be too late even if it waited much less than foretold, and its
         decoding were as quick as may be beside what will run by then."""
         forecast, outlook = self.forecast(entry.model), entry.outlook
-        start_s = now_s + outlook.wait_s * forecast.drain.low_ratio
+        start_s = now_s + forecast.drain.at_best_s(outlook.wait_s, outlook.work_s)
         first_s = start_s + outlook.demand.prefill_at_best_s
         step_s = outlook.step_s * forecast.steps_share_at_best
         end_s = first_s + (outlook.demand.least_output_tokens - 1.0) * step_s

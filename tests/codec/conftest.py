@@ -11,7 +11,7 @@ from kvrelay.core.client_types import (
     SessionAsk,
     SessionUpdate,
 )
-from kvrelay.core.cluster_view import ClusterState, IndexState, ModelInfo, NodeState
+from kvrelay.core.cluster_view import ClusterState, IndexState, ModelInfo, NodeState, QueueState
 from kvrelay.core.errors import error_from_code
 from kvrelay.core.explanation import Candidate, Decision, Explanation, MeasuredRequest
 from kvrelay.core.kv import KVFingerprint
@@ -288,6 +288,15 @@ CLUSTER = st.builds(
     st.dictionaries(words(), UINT64, max_size=4),
     some(words()).map(tuple),
     st.builds(IndexState, *[UINT64] * 4),
+    some(
+        st.builds(
+            QueueState,
+            st.sampled_from(Priority),
+            UINT32,
+            UINT32,
+            st.dictionaries(words(), UINT64, max_size=4),
+        )
+    ).map(tuple),
 )
 MODEL = st.builds(
     ModelInfo,
@@ -343,6 +352,8 @@ EXPLANATION = st.builds(
     ),
     MEASURED,
     words(),
+    st.none() | SECONDS,
+    st.none() | SECONDS,
 )
 
 STRATEGIES = {

@@ -200,20 +200,24 @@ class ExplainRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ...) -> None: ...
 
 class ExplainResponse(_message.Message):
-    __slots__ = ("request_id", "router_id", "model", "placed_ago_s", "decision", "measured")
+    __slots__ = ("request_id", "router_id", "model", "placed_ago_s", "decision", "measured", "predicted_queue_s", "predicted_total_s")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PLACED_AGO_S_FIELD_NUMBER: _ClassVar[int]
     DECISION_FIELD_NUMBER: _ClassVar[int]
     MEASURED_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_TOTAL_S_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     router_id: str
     model: str
     placed_ago_s: float
     decision: Decision
     measured: MeasuredRequest
-    def __init__(self, request_id: _Optional[str] = ..., router_id: _Optional[str] = ..., model: _Optional[str] = ..., placed_ago_s: _Optional[float] = ..., decision: _Optional[_Union[Decision, _Mapping]] = ..., measured: _Optional[_Union[MeasuredRequest, _Mapping]] = ...) -> None: ...
+    predicted_queue_s: float
+    predicted_total_s: float
+    def __init__(self, request_id: _Optional[str] = ..., router_id: _Optional[str] = ..., model: _Optional[str] = ..., placed_ago_s: _Optional[float] = ..., decision: _Optional[_Union[Decision, _Mapping]] = ..., measured: _Optional[_Union[MeasuredRequest, _Mapping]] = ..., predicted_queue_s: _Optional[float] = ..., predicted_total_s: _Optional[float] = ...) -> None: ...
 
 class Decision(_message.Message):
     __slots__ = ("policy", "prefill_node", "decode_node", "predicted_ttft_s", "candidates")
@@ -298,7 +302,7 @@ class WatchClusterRequest(_message.Message):
     def __init__(self, interval_s: _Optional[float] = ..., once: _Optional[bool] = ...) -> None: ...
 
 class ClusterState(_message.Message):
-    __slots__ = ("router_id", "version", "uptime_s", "nodes", "num_requests", "counters", "mismatches", "index")
+    __slots__ = ("router_id", "version", "uptime_s", "nodes", "num_requests", "counters", "mismatches", "index", "queues")
     class NumRequestsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -321,6 +325,7 @@ class ClusterState(_message.Message):
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
     MISMATCHES_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
+    QUEUES_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     version: str
     uptime_s: float
@@ -329,7 +334,27 @@ class ClusterState(_message.Message):
     counters: _containers.ScalarMap[str, int]
     mismatches: _containers.RepeatedScalarFieldContainer[str]
     index: BlockIndexState
-    def __init__(self, router_id: _Optional[str] = ..., version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., nodes: _Optional[_Iterable[_Union[NodeState, _Mapping]]] = ..., num_requests: _Optional[_Mapping[str, int]] = ..., counters: _Optional[_Mapping[str, int]] = ..., mismatches: _Optional[_Iterable[str]] = ..., index: _Optional[_Union[BlockIndexState, _Mapping]] = ...) -> None: ...
+    queues: _containers.RepeatedCompositeFieldContainer[QueueState]
+    def __init__(self, router_id: _Optional[str] = ..., version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., nodes: _Optional[_Iterable[_Union[NodeState, _Mapping]]] = ..., num_requests: _Optional[_Mapping[str, int]] = ..., counters: _Optional[_Mapping[str, int]] = ..., mismatches: _Optional[_Iterable[str]] = ..., index: _Optional[_Union[BlockIndexState, _Mapping]] = ..., queues: _Optional[_Iterable[_Union[QueueState, _Mapping]]] = ...) -> None: ...
+
+class QueueState(_message.Message):
+    __slots__ = ("priority", "num_queued", "max_queued", "refused")
+    class RefusedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    NUM_QUEUED_FIELD_NUMBER: _ClassVar[int]
+    MAX_QUEUED_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    priority: Priority
+    num_queued: int
+    max_queued: int
+    refused: _containers.ScalarMap[str, int]
+    def __init__(self, priority: _Optional[_Union[Priority, str]] = ..., num_queued: _Optional[int] = ..., max_queued: _Optional[int] = ..., refused: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class BlockIndexState(_message.Message):
     __slots__ = ("num_entries", "max_entries", "num_bytes", "num_evicted")
