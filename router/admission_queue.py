@@ -209,11 +209,15 @@ class AdmissionQueue:
             return None
         waited_s = now_s - entry.queued_since_s
         drain = self.prospects.forecast(entry.model).drain
-        if outlook.has_waited and waited_s >= drain.at_best_s(outlook.wait_s, outlook.work_s):
-            drain.note_waited(waited_s, outlook.wait_s, outlook.work_s)
+        if outlook.has_waited:
+            drain.note_given_up(outlook.wait_s, outlook.work_s)
         if waited_s > 0.0:
             text = f"after {waited_s:.3g} s in the queue it would be too late for its deadline"
             return self.refuse(entry.terms, Refusal.DROPPED, text, outlook.wait_s)
+        if not is_over and decision is not None:
+            busy_s = self.prospects.ttft_s(entry, decision)
+            text = f"its node would need {busy_s:.3g} s until its first token, too late for its deadline"
+            return self.refuse(entry.terms, Refusal.DEADLINE, text, busy_s)
         self.counts.refused[entry.terms.priority, Refusal.DEADLINE] += 1
         return DeadlineExceeded("it would be too late for its deadline even if it started now")
 

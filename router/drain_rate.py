@@ -13,9 +13,10 @@ _MEMORY: Final = 1.0 - 1.0 / 64
 """What one start later is left of what was measured before."""
 _MIN_STARTS: Final = 8
 """Before so many requests have left the queue nothing is foretold."""
-_STEP: Final = 0.05
+_STEP: Final = 0.1
 _FIRST_RATIO: Final = 0.5
 _LEAST_RATIO: Final = 0.02
+_MOST_RATIO: Final = 2.0
 _MAX_DOUBLINGS: Final = 3
 """Requests are told apart by size, in doublings of the mean work, so many up and down."""
 
@@ -32,6 +33,8 @@ class DrainRate:
         self._work_s = 0.0
         self._capacity_s = 0.0
         self._time_s = 0.0
+        self._new_capacity_s = 0.0
+        self._new_time_s = 0.0
         self._num_starts = 0
         self._weight = 0.0
         self._seen_s: float | None = None
@@ -44,8 +47,8 @@ class DrainRate:
     def note_waiting(self, num_nodes: int, now_s: float) -> None:
         """Somebody waits, with so many nodes there since the last call."""
         if self._seen_s is not None:
-            self._time_s += now_s - self._seen_s
-            self._capacity_s += (now_s - self._seen_s) * num_nodes
+            self._new_time_s += now_s - self._seen_s
+            self._new_capacity_s += (now_s - self._seen_s) * num_nodes
         self._seen_s = now_s
 
     def note_empty(self) -> None:
@@ -55,8 +58,9 @@ class DrainRate:
     def note_started(self, work_s: float) -> None:
         """Somebody that waited has been started."""
         self._work_s = self._work_s * _MEMORY + work_s
-        self._capacity_s *= _MEMORY
-        self._time_s *= _MEMORY
+        self._capacity_s = self._capacity_s * _MEMORY + self._new_capacity_s
+        self._time_s = self._time_s * _MEMORY + self._new_time_s
+        self._new_capacity_s = self._new_time_s = 0.0
         self._weight = self._weight * _MEMORY + 1.0
         self._num_starts += 1
         self._mean_work_s += (work_s - self._mean_work_s) / min(self._num_starts, 64)
@@ -66,7 +70,7 @@ class DrainRate:
         if self._num_starts < _MIN_STARTS or num_nodes < 1 or self._work_s <= 0.0:
             return 0.0
         silent_s = now_s - self._seen_s if self._seen_s is not None else 0.0
-        capacity_s = self._capacity_s + silent_s * num_nodes
+        capacity_s = self._capacity_s + self._new_capacity_s + silent_s * num_nodes
         return work_ahead_s * capacity_s / self._work_s / num_nodes
 
     def at_best_s(self, foretold_s: float, work_s: float) -> float:
@@ -74,13 +78,19 @@ class DrainRate:
         return foretold_s * self._low_ratios[self._size(work_s)]
 
     def note_waited(self, actual_s: float, foretold_s: float, work_s: float) -> None:
-        """What became of a forecast: the request was started, or given up, after so long."""
-        if foretold_s <= 0.0:
-            return
+        """What became of a forecast: the request was started after so long."""
+        if foretold_s > 0.0:
+            self._move_ratio(work_s, is_less=actual_s < self.at_best_s(foretold_s, work_s))
+
+    def note_given_up(self, foretold_s: float, work_s: float) -> None:
+        """The request had waited for as long as it might, and was not started."""
+        if foretold_s > 0.0:
+            self._move_ratio(work_s, is_less=False)
+
+    def _move_ratio(self, work_s: float, *, is_less: bool) -> None:
         size = self._size(work_s)
-        is_less = actual_s < self._low_ratios[size] * foretold_s
         ratio = self._low_ratios[size] * math.exp(_STEP * (self._low - 1.0 if is_less else self._low))
-        self._low_ratios[size] = min(max(ratio, _LEAST_RATIO), 1.0)
+        self._low_ratios[size] = min(max(ratio, _LEAST_RATIO), _MOST_RATIO)
 
     def _size(self, work_s: float) -> int:
         if self._mean_work_s <= 0.0 or work_s <= 0.0:

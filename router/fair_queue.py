@@ -133,7 +133,7 @@ class FairQueue(Generic[Queued]):
         """As a policy is to see it: classes in the order of their turns, each as a whole."""
         yield from self.front.values()
         reach_s = _REACH * self._mean_work_s
-        for _, _, priority in tuple(self._share.order):
+        for *_, priority in tuple(self._share.order):
             found = self._classes[priority]
             yield from found.share.walk(found.waiters_of, reach_s)
 
@@ -216,7 +216,7 @@ class FairQueue(Generic[Queued]):
         weight = self._priorities.weight_of(terms.priority)
         until_s = self._share.virtual_s(terms.priority) + own / weight
         total = self._front_work_s + own
-        for virtual_s, _, priority in self._share.order:
+        for virtual_s, _, _, priority in self._share.order:
             if priority != terms.priority:
                 lead = max(0.0, until_s - virtual_s) * self._share.weight(priority)
                 total += min(self._classes[priority].work_s, lead)
@@ -229,7 +229,7 @@ class FairQueue(Generic[Queued]):
         until_s = found.share.virtual_s(tenant) + own
         others = (
             min(found.lines[other].work_s, max(0.0, until_s - virtual_s))
-            for virtual_s, _, other in found.share.order
+            for virtual_s, _, _, other in found.share.order
             if other != tenant
         )
         return own + sum(others)

@@ -26,13 +26,17 @@ class Waiter(Protocol):
 
 Waiting = TypeVar("Waiting", bound=Waiter)
 
+Place = tuple[float, float, int, str]
+"""Virtual time, weight with its sign changed, number and key of a party: sorted, the next party is first."""
+
 _MAX_AHEAD: Final = 1024
 """Parties that don't wait now, but were served beyond the others, are remembered, at most so many."""
 
 
 @dataclass(slots=True, eq=False)
 class _Party:
-    """`virtual_s` is its virtual time; `number` breaks ties by who came first."""
+    """`virtual_s` is its virtual time. Of those that are equal the one of more weight is next, then the one
+    that came first, by `number`."""
 
     key: str
     weight: float
@@ -40,15 +44,15 @@ class _Party:
     number: int
 
     @property
-    def place(self) -> tuple[float, int, str]:
-        return self.virtual_s, self.number, self.key
+    def place(self) -> Place:
+        return self.virtual_s, -self.weight, self.number, self.key
 
 
 class FairShare(Generic[Waiting]):
     """See the module. `order` has those that wait, the next one first."""
 
     def __init__(self) -> None:
-        self.order: list[tuple[float, int, str]] = []
+        self.order: list[Place] = []
         self._waiting: dict[str, _Party] = {}
         self._ahead: OrderedDict[str, _Party] = OrderedDict()
         self._num_parties_ever = 0
@@ -108,18 +112,18 @@ class FairShare(Generic[Waiting]):
         order, limit_s = self.order, float("inf")
         if len(order) > 1:
             limit_s = order[0][0] + reach_s
-        heap: list[tuple[float, int, float, Iterator[Waiting]]] = []
+        heap: list[tuple[float, float, int, Iterator[Waiting]]] = []
         num_met = 0
         while True:
             if num_met < len(order) and (not heap or order[num_met][0] <= heap[0][0]):
-                virtual_s, number, key = order[num_met]
+                virtual_s, weight, number, key = order[num_met]
                 num_met += 1
-                heappush(heap, (virtual_s, number, self._waiting[key].weight, waiters_of(key)))
+                heappush(heap, (virtual_s, weight, number, waiters_of(key)))
                 continue
             if not heap or heap[0][0] > limit_s:
                 return
-            virtual_s, number, weight, waiters = heappop(heap)
+            virtual_s, weight, number, waiters = heappop(heap)
             waiter = next(waiters, None)
             if waiter is not None:
                 yield waiter
-                heappush(heap, (virtual_s + waiter.work_s / weight, number, weight, waiters))
+                heappush(heap, (virtual_s - waiter.work_s / weight, weight, number, waiters))

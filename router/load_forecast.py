@@ -78,10 +78,10 @@ class LoadForecast:
         if prefill_s is None:
             at_best_s = self._prefill_s(num_tokens, num_tokens - 1)
         else:
-            typical_s, at_best_s = prefill_s, prefill_s * self.prefill_share_at_best
+            typical_s = at_best_s = prefill_s
         return Demand(
             prefill_s=typical_s,
-            prefill_at_best_s=at_best_s,
+            prefill_at_best_s=at_best_s * self.prefill_share_at_best,
             num_output_tokens=self.lengths.expected(request),
             least_output_tokens=self.lengths.at_least(request),
             num_room_tokens=num_tokens + min(request.num_remaining_tokens, growth_tokens),

@@ -55,13 +55,14 @@ class OnlineFit:
         return max(total, self._floor)
 
     def observe(self, features: Sequence[float], measured: float) -> None:
-        """Learn from one measurement; one that is negative or not finite is ignored."""
+        """Learn from one measurement; one that is negative or not finite is ignored. To `relative_error` none
+        adds more than a whole: the prior may be wrong by orders of magnitude."""
         if not 0.0 <= measured < float("inf"):
             return
         expected = self.expected(features)
         x = np.array(features) * self._scale / expected
         error = measured / expected - float(self._theta @ x)
-        off = abs(measured / expected - 1.0)
+        off = min(abs(measured / expected - 1.0), 1.0)
         if self.num_observed >= _NUM_UNCUT:
             bound = _CUT_AT_ERRORS * self.relative_error + 1e-6
             error, off = max(-bound, min(bound, error)), min(off, 2.0 * bound)
