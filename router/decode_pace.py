@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from kvrelay.router.online_fit import OnlineFit
+from kvrelay.router.online_fit import OnlineFit, is_sample
 
 _PRIOR: Final = (0.008, 2e-5, 4e-8)
 """Seconds: of a step, of a sequence, of a token of context. An 8B model on one H100, roughly."""
@@ -30,16 +30,28 @@ class _Stream:
 
 
 class DecodePace:
-    """See the module. `num_nodes` is kept up to date by its owner; batch and context are of one node."""
+    """See the module. Batch and context are of one node."""
 
     def __init__(self) -> None:
-        self.num_nodes = 1
+        self._num_nodes = 1
         self._fit = OnlineFit(_PRIOR, _MIN_SECONDS)
         self._streams: dict[int, _Stream] = {}
         self._num_context_tokens = 0
+        self._next_step_s: float | None = None
         self._now_s = 0.0
         self._batch_s = 0.0
         self._context_s = 0.0
+
+    @property
+    def num_nodes(self) -> int:
+        """The decode nodes, kept up to date by the owner; at least 1."""
+        return self._num_nodes
+
+    @num_nodes.setter
+    def num_nodes(self, number: int) -> None:
+        assert number >= 1
+        self._num_nodes = number
+        self._next_step_s = None
 
     @property
     def num_streams(self) -> int:
@@ -65,6 +77,12 @@ class DecodePace:
         nodes = self.num_nodes
         return self._fit.expected((1.0, max(1.0, num_streams / nodes), num_context_tokens / nodes))
 
+    def next_step_s(self) -> float:
+        """Seconds of a step as things stand, with one sequence more."""
+        if self._next_step_s is None:
+            self._next_step_s = self.step_s(len(self._streams) + 1, self._num_context_tokens)
+        return self._next_step_s
+
     def begin(self, serial: int, num_tokens: int, now_s: float) -> None:
         """A sequence with so many tokens of context has its first token."""
         self.end(serial, now_s)
@@ -83,7 +101,7 @@ class DecodePace:
         self._num_context_tokens -= stream.num_tokens
         elapsed_s = now_s - stream.since_s
         num_steps = num_tokens - stream.num_tokens
-        if num_steps < _MIN_STEPS or elapsed_s <= 0.0:
+        if num_steps < _MIN_STEPS or elapsed_s <= 0.0 or not is_sample(serial, self.num_observed):
             return
         batch = (self._batch_s - stream.batch_s) / elapsed_s
         context = (self._context_s - stream.context_s) / elapsed_s
@@ -92,5 +110,6 @@ class DecodePace:
     def _advance(self, now_s: float) -> None:
         elapsed_s = max(0.0, now_s - self._now_s)
         self._now_s = now_s
+        self._next_step_s = None
         self._batch_s += elapsed_s * len(self._streams) / self.num_nodes
         self._context_s += elapsed_s * self._num_context_tokens / self.num_nodes

@@ -18,6 +18,7 @@ from kvrelay.router.decode_pace import DecodePace
 from kvrelay.router.decode_timeline import DecodeTimeline
 from kvrelay.router.drain_rate import DrainRate
 from kvrelay.router.learned_costs import PrefillCosts
+from kvrelay.router.online_fit import is_sample
 from kvrelay.router.outlook import Demand
 from kvrelay.router.output_lengths import OutputLengths
 
@@ -104,8 +105,7 @@ class LoadForecast:
 
     def step_now_s(self) -> float:
         """A step as things stand, with one sequence more."""
-        pace = self.pace
-        return pace.step_s(pace.num_streams + 1, pace.num_context_tokens)
+        return self.pace.next_step_s()
 
     def step_then_s(
         self, capacity: Capacity, start_s: float, num_ahead: float, tokens_ahead: float, now_s: float
@@ -163,7 +163,8 @@ class LoadForecast:
     def note_prefilled(self, serial: int, report: PrefillFinished, num_tokens: int, now_s: float) -> None:
         """A prompt of so many tokens is computed; its sequence decodes from now on."""
         num_cached = min(report.num_cached_tokens, num_tokens)
-        self.prefill_costs.observe(_SLOT, num_tokens - num_cached, num_cached, report.compute_s)
+        if is_sample(serial, self.prefill_costs.num_observed):
+            self.prefill_costs.observe(_SLOT, num_tokens - num_cached, num_cached, report.compute_s)
         self._hit_share += _HIT_MEMORY * (num_cached / num_tokens - self._hit_share)
         self.pace.begin(serial, num_tokens, now_s)
 

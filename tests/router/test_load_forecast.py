@@ -24,7 +24,7 @@ def test_a_step_is_learned_by_what_runs_beside_it() -> None:
         return 0.02 + 0.001 * batch + 2e-6 * context
 
     pace, rng, now_s, serial = DecodePace(), Random(3), 0.0, 0
-    for _ in range(60):
+    for _ in range(250):
         batch, context = rng.randint(1, 32), rng.randint(50, 500)
         serials = range(serial, serial + batch)
         serial += batch
