@@ -136,14 +136,18 @@ class LoadForecast:
         """A step at best, with nothing else on the node."""
         return self.pace.step_s(1.0, 0.0) * self.steps_share_at_best
 
-    def share_of_step_s(self) -> float:
-        """What one sequence more takes of a node's time for each of its tokens."""
-        batch = (self.pace.num_streams + 1) / self.pace.num_nodes
-        return self.step_now_s() / max(batch, 1.0)
-
     def work_s(self, demand: Demand) -> float:
-        """Seconds of one node: a prefill, and a share of each step that the sequence takes part in."""
-        return demand.prefill_s + (demand.num_output_tokens - 1.0) * self.share_of_step_s()
+        """Seconds of one node that others can't have: a prefill, and decoding as `decode_work_s`."""
+        return demand.prefill_s + self.decode_work_s(demand, demand.num_output_tokens - 1.0)
+
+    def decode_work_s(self, demand: Demand, num_tokens: float) -> float:
+        """What so many tokens take of a decode node, as far as the request fills it: by its place in the
+        batch or by its room for KV, whichever is scarcer."""
+        capacity = self._capacity
+        fills = max(
+            1.0 / max(1, capacity.num_sequences), demand.num_room_tokens / max(1, capacity.num_tokens)
+        )
+        return num_tokens * self.step_now_s() * fills * capacity.num_decode_nodes
 
     def backlog_s(self, num_tokens: int, num_prompts: int) -> float:
         """Seconds to prefill what waits on one node."""

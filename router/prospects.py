@@ -119,7 +119,7 @@ class Prospects:
         forecast, demand = self.forecast(entry.model), entry.outlook.demand
         num_output = entry.merge.next_index
         forecast.note_complete(entry.serial, entry.request, num_output, now_s)
-        return (num_output - demand.num_output_tokens) * forecast.share_of_step_s()
+        return forecast.decode_work_s(demand, num_output - demand.num_output_tokens)
 
     def note_over(self, entry: RequestEntry, now_s: float) -> None:
         """The current attempt of the request has come to its end."""
