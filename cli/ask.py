@@ -29,6 +29,9 @@ class Question:
     model: str = ""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     timeout_s: float | None = None
+    ttft_timeout_s: float | None = None
+    priority: str = "normal"
+    tenant: str = ""
     request_id: str = ""
 
     def __post_init__(self) -> None:
@@ -61,6 +64,9 @@ async def ask(client: AsyncClient, question: Question, on_text: Callable[[str], 
         model=question.model,
         sampling=question.sampling,
         timeout_s=question.timeout_s,
+        ttft_timeout_s=question.ttft_timeout_s,
+        priority=question.priority,
+        tenant=question.tenant,
         request_id=question.request_id,
         decode_text=not question.token_ids,
     )

@@ -45,10 +45,12 @@ def outcome_lines(explanation: Explanation) -> list[str]:
     attempts = "" if measured.num_attempts <= 1 else f" (attempt {measured.num_attempts})"
     rows = {
         "placement": f"{decision.prefill_node} -> {decision.decode_node}{attempts}",
+        "queue": _against(explanation.predicted_queue_s, measured.queue_s),
         "pull": _pull(explanation),
         "TTFT": _ttft(explanation),
         "prefill": _prefill(measured),
         "KV moved": _kv_moved(measured),
+        "total": _against(explanation.predicted_total_s, measured.total_s),
         "request": _request(measured),
     }
     if measured.error_code:
@@ -91,6 +93,11 @@ def _candidate_row(candidate: Candidate, names: list[str], is_chosen: bool) -> t
 
 def _number(value: float) -> str:
     return f"{value:.0f}" if value.is_integer() and abs(value) < 1e15 else f"{value:.4g}"
+
+
+def _against(predicted_s: float | None, measured_s: float | None) -> str:
+    predicted = "not predicted" if predicted_s is None else f"predicted {format_ms(predicted_s)}"
+    return f"{predicted}; measured {_NOT_YET if measured_s is None else format_ms(measured_s)}"
 
 
 def _ttft(explanation: Explanation) -> str:

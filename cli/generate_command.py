@@ -21,6 +21,7 @@ from kvrelay.cli.generate_options import (
     MinTokens,
     ModelName,
     PresencePenalty,
+    PriorityName,
     Raw,
     Regex,
     RepetitionPenalty,
@@ -30,10 +31,12 @@ from kvrelay.cli.generate_options import (
     StopTokenIds,
     System,
     Temperature,
+    Tenant,
     Timeout,
     TokenIds,
     TopK,
     TopP,
+    TtftTimeout,
     grammar_of,
 )
 from kvrelay.cli.options import DEFAULT_ROUTER, RouterAddresses
@@ -83,6 +86,9 @@ def generate(
     json_schema: JsonSchema = None,
     regex: Regex = None,
     timeout_s: Timeout = None,
+    ttft_timeout_s: TtftTimeout = None,
+    priority: PriorityName = "normal",
+    tenant: Tenant = "",
     request_id: RequestIdText = "",
     stats: Stats = False,
     as_json: AsJson = False,
@@ -115,6 +121,9 @@ def generate(
         model=model,
         sampling=_sampling_of(given),
         timeout_s=timeout_s,
+        ttft_timeout_s=ttft_timeout_s,
+        priority=priority,
+        tenant=tenant,
         request_id=request_id,
     )
     addresses = list(routers or [DEFAULT_ROUTER])

@@ -61,6 +61,16 @@ Timeout = Annotated[
     float | None,
     typer.Option("--timeout", metavar="SECONDS", help="Give up after that long. Default: the router's."),
 ]
+TtftTimeout = Annotated[
+    float | None,
+    typer.Option("--ttft-timeout", metavar="SECONDS", help="Refuse it if its first token would be later."),
+]
+PriorityName = Annotated[
+    str, typer.Option("--priority", metavar="CLASS", help="high, normal or low, in the routers' queues.")
+]
+Tenant = Annotated[
+    str, typer.Option("--tenant", metavar="NAME", help="Who shares fairly with others. Default: nobody's.")
+]
 RequestIdText = Annotated[
     str, typer.Option("--request-id", metavar="ID", help="How the router's logs call it. Default: drawn.")
 ]

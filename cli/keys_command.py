@@ -38,13 +38,16 @@ def add(
             "--private-cache", help="Share cached prefixes with no other key, so none can probe it."
         ),
     ] = False,
+    max_priority: Annotated[
+        str, typer.Option("--max-priority", metavar="CLASS", help="high, normal or low: it gets no more.")
+    ] = "high",
 ) -> None:
     """Make a key, and print it: once, since the file keeps only its hash."""
     from kvrelay.core.errors import InvalidRequest
     from kvrelay.openai_proxy.access import ApiKey, hash_key, key_as_toml, new_key, parse_keys, read_keys
 
     text = new_key()
-    key = ApiKey(name, hash_key(text), max_concurrent, tokens_per_minute, private_cache)
+    key = ApiKey(name, hash_key(text), max_concurrent, tokens_per_minute, private_cache, max_priority)
     known = read_keys(file) if file.exists() else ()
     if any(other.name == name for other in known):
         raise InvalidRequest(f"{file} has a key {name!r} already", field="NAME")
@@ -63,6 +66,7 @@ def list_keys(file: KeysFile) -> None:
             f"at most {key.max_concurrent} at once" if key.max_concurrent else "",
             f"{key.tokens_per_minute} tokens a minute" if key.tokens_per_minute else "",
             "its own cache" if key.private_cache else "",
+            f"priority {key.max_priority} at most" if key.max_priority != "high" else "",
         ]
         print(f"{key.name}: {', '.join(filter(None, limits)) or 'no limits'}")
 

@@ -61,10 +61,16 @@ def simulate(
     max_queued: Annotated[
         int | None, typer.Option(min=1, help="Refuse what comes while so many wait. Default: nothing.")
     ] = None,
+    deadlines: Annotated[
+        bool, typer.Option("--deadlines", help="Requests tell the router their limits, and it refuses early.")
+    ] = False,
     ttft_limit_ms: Annotated[float, typer.Option(help="A good request's TTFT, at most.")] = 500.0,
     itl_limit_ms: Annotated[
         float, typer.Option(help="99 % of a good request's own gaps between tokens, at most.")
     ] = 25.0,
+    total_limit_s: Annotated[
+        float | None, typer.Option(help="A good request's whole time, at most. Default: any.")
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="OUT", help="Write one JSON object there; - is stdout.")
     ] = None,
@@ -90,6 +96,8 @@ def simulate(
         max_queued=max_queued if max_queued is not None else 10**9,
         ttft_limit_s=ttft_limit_ms / 1e3,
         itl_limit_s=itl_limit_ms / 1e3,
+        total_limit_s=total_limit_s if total_limit_s is not None else 1e9,
+        has_deadlines=deadlines,
     )
     _check_policy(scenario)
     costs = load_cost_model(cost_model)
@@ -126,6 +134,10 @@ def summary_lines(summary: Summary) -> list[str]:
     limits = f"TTFT <= {_ms(summary.ttft_limit_s)}"
     if summary.decode_nodes:
         limits += f" and 99 % of own ITL <= {_ms(summary.itl_limit_s)}"
+    if summary.total_limit_s < 1e9:
+        limits += f" and in all <= {_s(summary.total_limit_s)}"
+    reasons = ", ".join(f"{number} {reason}" for reason, number in summary.refused_by_reason.items())
+    trials = f"; {summary.trials_in_time} of {summary.trials} trials in time" if summary.trials else ""
     return [
         *lines,
         f"goodput  {summary.goodput:.1%} ({summary.goodput_per_s:.2f}/s): {limits}",
@@ -133,7 +145,7 @@ def summary_lines(summary: Summary) -> list[str]:
         f" {summary.pulled_rate:.1%} pulled, in {summary.pulls} pulls",
         f"load     prefill nodes busy {summary.prefill_utilisation:.1%}, the busiest"
         f" {summary.balance_max_over_mean:.3f} times the mean",
-        f"refused  {summary.refused}",
+        f"refused  {summary.refused}{f' ({reasons})' if reasons else ''}{trials}",
     ]
 
 

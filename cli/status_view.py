@@ -8,7 +8,7 @@ from typing import Final
 
 from kvrelay.cli.answer_report import format_mapping
 from kvrelay.cli.text_table import aligned_lines
-from kvrelay.core.cluster_view import ClusterState, ModelInfo, NodeState
+from kvrelay.core.cluster_view import ClusterState, ModelInfo, NodeState, QueueState
 
 NODE_COLUMNS: Final = (
     "node",
@@ -45,6 +45,7 @@ def footer_lines(state: ClusterState, models: Sequence[ModelInfo]) -> list[str]:
     return [
         f"models    {'; '.join(served) or 'none'}",
         f"requests  {format_mapping(state.num_requests)}",
+        f"queue     {'; '.join(_queue_text(queue) for queue in state.queues) or 'not known'}",
         f"counters  {format_mapping(state.counters)}",
         f"index     {_index_text(state)}",
         *(f"mismatch  {mismatch}" for mismatch in state.mismatches),
@@ -61,6 +62,7 @@ def state_as_json(state: ClusterState, models: Sequence[ModelInfo]) -> dict[str,
     """All of it, ready for `json.dumps`."""
     raw = asdict(state)
     raw["num_requests"], raw["counters"] = dict(state.num_requests), dict(state.counters)
+    raw["queues"] = [{**asdict(queue), "refused": dict(queue.refused)} for queue in state.queues]
     return {**raw, "models": [asdict(model) for model in models]}
 
 
@@ -87,6 +89,13 @@ def _node_row(node: NodeState) -> tuple[str, ...]:
         node.transport or "-",
         "draining" if node.draining else "ready",
     )
+
+
+def _queue_text(queue: QueueState) -> str:
+    """``high 2 of at most 1,024, refused 3 full, 1 deadline``."""
+    text = f"{queue.priority} {queue.num_queued:,} of at most {queue.max_queued:,}"
+    refused = ", ".join(f"{number:,} {reason}" for reason, number in queue.refused.items() if number)
+    return f"{text}, refused {refused}" if refused else text
 
 
 def _index_text(state: ClusterState) -> str:

@@ -117,6 +117,8 @@ class AsyncClient:
         * ``sampling``: `SamplingParams`; greedy, 256 tokens.
         * ``stop``: the answer ends before the first of these texts, with ``include_stop`` after it.
         * ``timeout_s``: counts from the first read. ``request_id``: drawn unless given.
+        * ``priority`` (``high``, ``normal``, ``low``), ``tenant``: for the routers' queues.
+          ``ttft_timeout_s``: a first token that can't be out by then is not wanted.
         * ``cache_salt``: prompts share cached prefixes only under the same one.
         * ``decode_text`` False leaves texts empty, and needs no tokenizer; ``skip_special_tokens`` False
           shows special tokens.

@@ -14,12 +14,13 @@ from kvrelay.client.output_text import OutputText
 from kvrelay.client.stop_strings import StopStrings
 from kvrelay.client.tokenizing import Tokenizing
 from kvrelay.codec.bounds import MAX_CACHE_SALT_BYTES, MAX_TOKEN_ID, length, seconds, text
-from kvrelay.codec.generate import MAX_TIMEOUT_S
+from kvrelay.codec.service_terms import MAX_TIMEOUT_S
 from kvrelay.core.client_types import MAX_MODEL_CHARS, MAX_REQUEST_ID_CHARS, GenerateCall
 from kvrelay.core.cluster_view import ModelInfo
 from kvrelay.core.errors import ContextLengthExceeded, InvalidRequest
 from kvrelay.core.request import TokenRequest
 from kvrelay.core.sampling import MAX_SEED, SamplingParams
+from kvrelay.core.service_terms import MAX_TENANT_CHARS, Priority, ServiceTerms
 
 MAX_PROMPT_TOKENS: Final = 500_000
 """Keeps one request's message under 4 MiB, which any gRPC server takes: a larger one would end the session
@@ -39,7 +40,8 @@ class GenerationAsk:
     False leaves every `text` empty, and spares a token-id prompt the model's tokenizer. The answer ends
     before the first of the texts in `stop`, or with `include_stop` after it. `tools`, `template_variables`
     and `add_generation_prompt` are for the model's chat template. `skip_special_tokens` False shows special
-    tokens in the answer's text, but for the one that ends it.
+    tokens in the answer's text, but for the one that ends it. `priority`, `tenant` and `ttft_timeout_s`: see
+    `ServiceTerms`.
 
     Raises:
         InvalidRequest: a field can't be served; `field` names it.
@@ -61,10 +63,17 @@ class GenerationAsk:
     template_variables: Mapping[str, object] | None = None
     add_generation_prompt: bool = True
     skip_special_tokens: bool = True
+    priority: str = Priority.NORMAL
+    tenant: str = ""
+    ttft_timeout_s: float | None = None
 
     def __post_init__(self) -> None:
         self._check_names()
-        self._check_timeout()
+        for field in ("timeout_s", "ttft_timeout_s"):
+            check_timeout(getattr(self, field), field)
+        if self.priority not in tuple(Priority):
+            known = ", ".join(Priority)
+            raise InvalidRequest(f"priority must be one of {known}, got {self.priority!r}", field="priority")
         if not isinstance(self.sampling, SamplingParams):
             raise InvalidRequest(f"sampling must be SamplingParams, got {self.sampling!r}", field="sampling")
         self._check_prompt()
@@ -72,7 +81,8 @@ class GenerationAsk:
         self._check_stop()
 
     def _check_names(self) -> None:
-        for field, most in (("model", MAX_MODEL_CHARS), ("request_id", MAX_REQUEST_ID_CHARS)):
+        bounds = {"model": MAX_MODEL_CHARS, "request_id": MAX_REQUEST_ID_CHARS, "tenant": MAX_TENANT_CHARS}
+        for field, most in bounds.items():
             value = getattr(self, field)
             if not isinstance(value, str):
                 raise InvalidRequest(f"{field} must be a string, got {value!r}", field=field)
@@ -107,15 +117,10 @@ class GenerationAsk:
         if self.stop and not self.decode_text:
             raise InvalidRequest("stop needs the answer's text: decode_text must be true", field="stop")
 
-    def _check_timeout(self) -> None:
-        if self.timeout_s is None:
-            return
-        if isinstance(self.timeout_s, bool) or not isinstance(self.timeout_s, int | float):
-            raise InvalidRequest(f"timeout_s must be a number, got {self.timeout_s!r}", field="timeout_s")
-        if seconds(self.timeout_s, "timeout_s", is_positive=True) > MAX_TIMEOUT_S:
-            raise InvalidRequest(
-                f"timeout_s must be at most {MAX_TIMEOUT_S:g}, got {self.timeout_s:g}", field="timeout_s"
-            )
+    @property
+    def terms(self) -> ServiceTerms:
+        """As they go to a router."""
+        return ServiceTerms(Priority(self.priority), self.tenant, self.ttft_timeout_s)
 
 
 class AskOptions(TypedDict, total=False):
@@ -135,6 +140,9 @@ class AskOptions(TypedDict, total=False):
     template_variables: Mapping[str, object] | None
     add_generation_prompt: bool
     skip_special_tokens: bool
+    priority: str
+    tenant: str
+    ttft_timeout_s: float | None
 
 
 def make_ask(prompt: str | Sequence[int] | None, options: AskOptions) -> GenerationAsk:
@@ -202,7 +210,7 @@ async def prepare_call(ask: GenerationAsk, models: ModelSource, tokenizing: Toke
     stops = None
     if ask.stop:
         stops = StopStrings(ask.stop, include_stop=ask.include_stop, min_tokens=ask.sampling.min_tokens)
-    call = GenerateCall(ask.request_id, model, request, ask.timeout_s)
+    call = GenerateCall(ask.request_id, model, request, ask.timeout_s, ask.terms)
     return PreparedCall(call, OutputText(detokenizer, stops))
 
 
@@ -243,6 +251,16 @@ def _with_seed(sampling: SamplingParams) -> SamplingParams:
     if sampling.is_greedy or sampling.seed is not None:
         return sampling
     return replace(sampling, seed=SystemRandom().randint(0, MAX_SEED))
+
+
+def check_timeout(timeout_s: object, field: str) -> None:
+    """None, or seconds above 0 within a day. Raises, naming `field`."""
+    if timeout_s is None:
+        return
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float):
+        raise InvalidRequest(f"{field} must be a number, got {timeout_s!r}", field=field)
+    if seconds(timeout_s, field, is_positive=True) > MAX_TIMEOUT_S:
+        raise InvalidRequest(f"{field} must be at most {MAX_TIMEOUT_S:g}, got {timeout_s:g}", field=field)
 
 
 def check_text(text: object, field: str) -> None:

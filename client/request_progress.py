@@ -5,6 +5,7 @@ Pure: time and randomness are given.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
@@ -13,6 +14,7 @@ from kvrelay.client.config import ClientConfig
 from kvrelay.core.client_types import CallFinished, GenerateCall
 from kvrelay.core.errors import DuplicateRequest, KVRelayError, RouterUnavailable
 from kvrelay.core.request import TokenLogprobs
+from kvrelay.core.service_terms import ServiceTerms
 
 
 @dataclass(slots=True)
@@ -33,6 +35,15 @@ class RequestProgress:
     def deadline_s(self) -> float | None:
         """When the caller's patience ends, on the clock of `started_s`."""
         return None if self.call.timeout_s is None else self.started_s + self.call.timeout_s
+
+    @property
+    def _patience_s(self) -> float:
+        """When another attempt is of no use."""
+        deadline_s = math.inf if self.deadline_s is None else self.deadline_s
+        ttft_timeout_s = self.call.terms.ttft_timeout_s
+        if self.token_ids or ttft_timeout_s is None:
+            return deadline_s
+        return min(deadline_s, self.started_s + ttft_timeout_s)
 
     def take(
         self,
@@ -62,7 +73,18 @@ class RequestProgress:
             self.call,
             request=self.call.request.continued_with(tuple(self.token_ids)),
             timeout_s=None if deadline_s is None else max(deadline_s - now_s, 0.001),
+            terms=self._terms_now(now_s),
         )
+
+    def _terms_now(self, now_s: float) -> ServiceTerms:
+        """A first token that has come need not come again in time."""
+        terms = self.call.terms
+        if terms.ttft_timeout_s is None:
+            return terms
+        if self.token_ids:
+            return replace(terms, ttft_timeout_s=None)
+        left_s = self.started_s + terms.ttft_timeout_s - now_s
+        return replace(terms, ttft_timeout_s=max(left_s, 0.001))
 
     def check_complete(self, finished: CallFinished) -> KVRelayError | None:
         """What is wrong if the router counts other tokens than came, else None."""
@@ -90,7 +112,7 @@ class RequestProgress:
         pause_s = 0.0
         if not (may_switch and self.num_failures_in_row == 1):
             pause_s = retry_pause_s(self.num_failures_in_row - 1, error, config, rng)
-        if self.deadline_s is not None and now_s + pause_s >= self.deadline_s:
+        if now_s + pause_s >= self._patience_s:
             raise error
         if self.token_ids:
             self.num_continuations += 1

@@ -8,8 +8,9 @@ from typing import Final
 from kvrelay.codec.bounds import length, seconds, text, token_ids, whole
 from kvrelay.codec.cluster import decode_node_load, encode_node_load
 from kvrelay.codec.node_hello import MAX_NAME_CHARS, decode_digest
+from kvrelay.codec.service_terms import decode_priority, encode_priority
 from kvrelay.core.client_types import MAX_MODEL_CHARS
-from kvrelay.core.cluster_view import ClusterState, IndexState, ModelInfo, NodeState
+from kvrelay.core.cluster_view import ClusterState, IndexState, ModelInfo, NodeState, QueueState
 from kvrelay.core.errors import InvalidRequest
 from kvrelay.core.ids import NodeId
 from kvrelay.core.node_messages import Role
@@ -31,6 +32,7 @@ def encode_cluster_state(state: ClusterState) -> router_pb2.ClusterState:
         counters=dict(state.counters),
         mismatches=[text[:MAX_MISMATCH_CHARS] for text in state.mismatches],
         index=router_pb2.BlockIndexState(**{name: getattr(state.index, name) for name in _INDEX_FIELDS}),
+        queues=[_encode_queue(queue) for queue in state.queues],
     )
 
 
@@ -50,7 +52,22 @@ def decode_cluster_state(pb: router_pb2.ClusterState) -> ClusterState:
         counters=dict(pb.counters),
         mismatches=tuple(entry[:MAX_MISMATCH_CHARS] for entry in pb.mismatches),
         index=IndexState(*[getattr(pb.index, name) for name in _INDEX_FIELDS]),
+        queues=tuple(_decode_queue(queue) for queue in pb.queues),
     )
+
+
+def _encode_queue(queue: QueueState) -> router_pb2.QueueState:
+    return router_pb2.QueueState(
+        priority=encode_priority(queue.priority),
+        num_queued=queue.num_queued,
+        max_queued=queue.max_queued,
+        refused=dict(queue.refused),
+    )
+
+
+def _decode_queue(pb: router_pb2.QueueState) -> QueueState:
+    priority = decode_priority(pb.priority, "queues.priority")
+    return QueueState(priority, pb.num_queued, pb.max_queued, dict(pb.refused))
 
 
 def _encode_node(node: NodeState) -> router_pb2.NodeState:

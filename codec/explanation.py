@@ -30,6 +30,8 @@ def encode_explanation(explanation: Explanation) -> router_pb2.ExplainResponse:
         placed_ago_s=explanation.placed_ago_s,
         decision=_encode_decision(explanation.decision),
         measured=_encode_measured(explanation.measured),
+        predicted_queue_s=explanation.predicted_queue_s,
+        predicted_total_s=explanation.predicted_total_s,
     )
 
 
@@ -46,7 +48,13 @@ def decode_explanation(pb: router_pb2.ExplainResponse) -> Explanation:
         decision=_decode_decision(pb.decision),
         measured=_decode_measured(pb.measured),
         router_id=text(pb.router_id, "router_id", MAX_NAME_CHARS),
+        predicted_queue_s=_decode_prediction(pb, "predicted_queue_s"),
+        predicted_total_s=_decode_prediction(pb, "predicted_total_s"),
     )
+
+
+def _decode_prediction(pb: router_pb2.ExplainResponse, field: str) -> float | None:
+    return seconds(getattr(pb, field), field) if pb.HasField(field) else None
 
 
 def _encode_decision(decision: Decision) -> router_pb2.Decision:

@@ -13,6 +13,7 @@ from kvrelay.codec.sampling import (
     encode_logprobs,
     encode_sampling,
 )
+from kvrelay.codec.service_terms import decode_terms, decode_timeout, encode_priority
 from kvrelay.core.client_types import (
     MAX_MODEL_CHARS,
     MAX_REQUEST_ID_CHARS,
@@ -28,7 +29,6 @@ from kvrelay.core.request_report import RequestReport
 from kvrelay.core.sampling import MAX_SEED
 from kvrelay.v1 import router_pb2
 
-MAX_TIMEOUT_S: Final = 86_400.0
 _MAX_UINT32: Final = 2**32 - 1
 _MAX_NODE_CHARS: Final = 256
 
@@ -50,6 +50,9 @@ def encode_generate(call: GenerateCall) -> router_pb2.GenerateRequest:
         sampling=encode_sampling(call.request.sampling),
         timeout_s=call.timeout_s,
         cache_salt=call.request.cache_salt,
+        priority=encode_priority(call.terms.priority),
+        tenant=call.terms.tenant,
+        ttft_timeout_s=call.terms.ttft_timeout_s,
     )
 
 
@@ -61,7 +64,8 @@ def decode_generate(pb: router_pb2.GenerateRequest) -> GenerateCall:
     """
     request_id = text(pb.request_id, "request_id", MAX_REQUEST_ID_CHARS)
     model = text(pb.model, "model", MAX_MODEL_CHARS)
-    timeout_s = _decode_timeout(pb.timeout_s) if pb.HasField("timeout_s") else None
+    timeout_s = decode_timeout(pb.timeout_s, "timeout_s") if pb.HasField("timeout_s") else None
+    terms = decode_terms(pb)
     length(len(pb.cache_salt), "cache_salt", MAX_CACHE_SALT_BYTES)
     prompt = token_ids(pb.prompt_token_ids, "prompt_token_ids")
     output = token_ids(pb.output_token_ids, "output_token_ids") if pb.output_token_ids else ()
@@ -73,18 +77,8 @@ def decode_generate(pb: router_pb2.GenerateRequest) -> GenerateCall:
         )
     if not prompt:
         raise InvalidRequest("prompt_token_ids must hold at least one token", field="prompt_token_ids")
-    return GenerateCall(
-        request_id, model, TokenRequest(prompt + output, len(prompt), sampling, pb.cache_salt), timeout_s
-    )
-
-
-def _decode_timeout(timeout_s: float) -> float:
-    seconds(timeout_s, "timeout_s", is_positive=True)
-    if timeout_s > MAX_TIMEOUT_S:
-        raise InvalidRequest(
-            f"timeout_s must be at most {MAX_TIMEOUT_S:g}, got {timeout_s:g}", field="timeout_s"
-        )
-    return timeout_s
+    request = TokenRequest(prompt + output, len(prompt), sampling, pb.cache_salt)
+    return GenerateCall(request_id, model, request, timeout_s, terms)
 
 
 def encode_accepted(accepted: CallAccepted) -> router_pb2.Accepted:

@@ -9,6 +9,7 @@ from typing import Final
 from kvrelay.core.errors import KVRelayError
 from kvrelay.core.request import FinishReason, TokenLogprobs, TokenRequest
 from kvrelay.core.request_report import RequestReport
+from kvrelay.core.service_terms import DEFAULT_TERMS, ServiceTerms
 
 MAX_REQUEST_ID_CHARS: Final = 128
 MAX_MODEL_CHARS: Final = 256
@@ -26,6 +27,7 @@ class GenerateCall:
     model: str
     request: TokenRequest
     timeout_s: float | None = None
+    terms: ServiceTerms = DEFAULT_TERMS
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from kvrelay.core.ids import NodeId
 from kvrelay.core.node_messages import NodeLoad, Role
+from kvrelay.core.service_terms import Priority
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,16 @@ class IndexState:
 
 
 @dataclass(frozen=True, slots=True)
+class QueueState:
+    """What waits at a router in one class of requests, and what it refused since it started, by reason."""
+
+    priority: Priority
+    num_queued: int
+    max_queued: int
+    refused: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class ClusterState:
     """One router's view of everything. `num_requests` counts live requests by ledger state; `counters` only
     grow; `mismatches` are the pairs that are not matched because their KV fingerprints differ, readable."""
@@ -57,6 +68,7 @@ class ClusterState:
     counters: Mapping[str, int] = field(default_factory=dict)
     mismatches: tuple[str, ...] = ()
     index: IndexState = IndexState()
+    queues: tuple[QueueState, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

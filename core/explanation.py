@@ -94,7 +94,11 @@ class MeasuredRequest:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """The latest placement of one request at one router, `placed_ago_s` seconds ago."""
+    """The latest placement of one request at one router, `placed_ago_s` seconds ago.
+
+    What was foretold, None where nothing was: `predicted_queue_s` when it came and had to wait,
+    `predicted_total_s`, from submission to the end, when it was placed.
+    """
 
     request_id: RequestId
     model: str
@@ -102,3 +106,5 @@ class Explanation:
     decision: Decision
     measured: MeasuredRequest
     router_id: str = ""
+    predicted_queue_s: float | None = None
+    predicted_total_s: float | None = None

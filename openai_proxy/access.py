@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvrelay.core.errors import ConfigError
+from kvrelay.core.service_terms import Priority
 from kvrelay.openai_proxy.errors import ApiError
 from kvrelay.openai_proxy.usage_board import UsageBoard
 
@@ -26,7 +27,7 @@ MAX_KEYS_FILE_BYTES: Final = 4 << 20
 WINDOW_S: Final = 60
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _HASH: Final = re.compile(r"[0-9a-f]{64}")
-_SETTINGS: Final = {"name", "sha256", "max_concurrent", "tokens_per_minute", "private_cache"}
+_SETTINGS: Final = {"name", "sha256", "max_concurrent", "tokens_per_minute", "private_cache", "max_priority"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,8 @@ class ApiKey:
     """One key: its name, and the SHA-256 of its text (it is 256 random bits, so no slow hash is needed).
 
     `max_concurrent` requests at once and `tokens_per_minute`, prompt and output together; 0: no limit.
-    With `private_cache` its prompts share cached prefixes with nobody else's.
+    With `private_cache` its prompts share cached prefixes with nobody else's. What asks for more than
+    `max_priority` gets that.
     """
 
     name: str
@@ -42,6 +44,7 @@ class ApiKey:
     max_concurrent: int = 0
     tokens_per_minute: int = 0
     private_cache: bool = False
+    max_priority: str = Priority.HIGH
 
 
 def new_key() -> str:
@@ -112,6 +115,8 @@ def _key_faults(entry: object) -> list[str]:
             faults.append(f"{what} must be an integer of at least 0, got {value!r}")
     if not isinstance(entry.get("private_cache", False), bool):
         faults.append("private_cache must be true or false")
+    if entry.get("max_priority", Priority.HIGH) not in tuple(Priority):
+        faults.append(f"max_priority must be one of {', '.join(Priority)}, got {entry['max_priority']!r}")
     return faults
 
 
@@ -129,6 +134,11 @@ class Grant:
     def name(self) -> str:
         """Of the key; empty where none is asked for."""
         return self._key.name if self._key else ""
+
+    def priority(self, wanted: Priority) -> Priority:
+        """What it is served with."""
+        most = Priority(self._key.max_priority) if self._key else Priority.HIGH
+        return max(wanted, most, key=tuple(Priority).index)
 
     def cache_salt(self, given: str) -> bytes:
         """Under what its prompts share cached prefixes."""
@@ -228,5 +238,6 @@ def key_as_toml(key: ApiKey) -> str:
         "max_concurrent": key.max_concurrent,
         "tokens_per_minute": key.tokens_per_minute,
         "private_cache": str(key.private_cache).lower(),
+        "max_priority": f'"{key.max_priority}"',
     }
     return "[[key]]\n" + "".join(f"{name} = {value}\n" for name, value in values.items())

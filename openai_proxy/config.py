@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Final
@@ -10,6 +11,7 @@ from typing import Final
 from kvrelay.client.addresses import parse_addresses
 from kvrelay.core.errors import ConfigError
 
+_HEADER: Final = re.compile(r"[A-Za-z0-9-]{0,64}")
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 _COUNT_BOUNDS: Final = {
     "port": (0, 65_535),
@@ -42,6 +44,9 @@ class ProxyConfig:
     the prompts of one completions request; `max_requests_in_flight` and `max_connections` are a worker's.
     Port 0 takes a free one; the ready file says which.
 
+    The tenant of a request is what the header `tenant_header` says (empty: no header is looked at), else the
+    name of its API key, else its field `user`. `ttft_timeout_s` None: a first token may come at any time.
+
     Raises:
         ConfigError: with all faults, one a line.
     """
@@ -53,6 +58,8 @@ class ProxyConfig:
     keys_file: str = ""
     tool_format: ToolFormat = ToolFormat.AUTO
     request_timeout_s: float = 600.0
+    ttft_timeout_s: float | None = None
+    tenant_header: str = ""
     drain_timeout_s: float = 30.0
     max_body_bytes: int = 16 << 20
     max_choices: int = 16
@@ -70,6 +77,8 @@ class ProxyConfig:
             faults.append(f"routers: {error.message}")
         if not self.host:
             faults.append("host must not be empty")
+        if not _HEADER.fullmatch(self.tenant_header):
+            faults.append(f"tenant_header must be the name of a header, got {self.tenant_header!r}")
         if self.log_level.lower() not in LOG_LEVELS:
             faults.append(f"log_level must be one of {', '.join(LOG_LEVELS)}, got {self.log_level!r}")
         faults += self._count_faults() + self._seconds_faults()
@@ -87,7 +96,9 @@ class ProxyConfig:
         return [
             f"{spec.name} must be a number above 0 and at most 86400, got {getattr(self, spec.name)!r}"
             for spec in fields(self)
-            if spec.name.endswith("_s") and not _is_patience(getattr(self, spec.name))
+            if spec.name.endswith("_s")
+            and not (spec.name == "ttft_timeout_s" and self.ttft_timeout_s is None)
+            and not _is_patience(getattr(self, spec.name))
         ]
 
 

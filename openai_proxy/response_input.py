@@ -47,6 +47,7 @@ def _chat_fields(body: ResponseBody) -> dict[str, Any]:
         "parallel_tool_calls": body.parallel_tool_calls,
         "response_format": _response_format(body),
         "user": body.user,
+        "service_tier": body.service_tier,
     }
 
 

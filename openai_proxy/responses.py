@@ -20,6 +20,7 @@ from kvrelay.openai_proxy.response_input import as_chat
 from kvrelay.openai_proxy.response_object import JsonObject, response_object
 from kvrelay.openai_proxy.schema.responses import ResponseBody
 from kvrelay.openai_proxy.service import Call
+from kvrelay.openai_proxy.service_tiers import served_tier
 from kvrelay.openai_proxy.sse import named_event
 
 
@@ -102,7 +103,8 @@ class _Answer:
     def _object(self, result: GenerationResult | None) -> JsonObject:
         call = self._ask.call
         output = self._output.items
-        return response_object(self._body, self._id, call.created_s, self._ask.model.name, output, result)
+        made = response_object(self._body, self._id, call.created_s, self._ask.model.name, output, result)
+        return {**made, "service_tier": served_tier(self._body.service_tier, call.grant)}
 
     def _emit(self, kind: str, value: JsonObject) -> bytes:
         number = self._num_events

@@ -17,6 +17,7 @@ from kvrelay.openai_proxy.config import ProxyConfig
 from kvrelay.openai_proxy.metrics import ProxyMetrics
 from kvrelay.openai_proxy.sampling import for_choice
 from kvrelay.openai_proxy.schema.base import SamplingBody
+from kvrelay.openai_proxy.service_tiers import priority_of, tenant_name
 
 
 @dataclass(slots=True, eq=False)
@@ -37,6 +38,8 @@ class Call:
     request_id: str
     grant: Grant
     created_s: int = field(default_factory=lambda: int(time.time()))
+    tenant: str = ""
+    """By its header or key; empty: the body's `user` is."""
     params: dict[str, str] = field(default_factory=dict)
     """kvrelay's field names -> this caller's, for errors of the cluster."""
 
@@ -44,8 +47,10 @@ class Call:
     def of(cls, request: Request) -> Call:
         """What the middleware found out about it."""
         state = request.scope["state"]
-        call = cls(request.app.state.service, state["request_id"], state["grant"])
-        state["params"] = call.params = {"request_id": "x-request-id"}
+        service: ProxyService = request.app.state.service
+        call = cls(service, state["request_id"], state["grant"])
+        call.tenant = request.headers.get(service.config.tenant_header, "") or call.grant.name
+        state["params"] = call.params = {"request_id": "x-request-id", "priority": "service_tier"}
         return call
 
     def generate(
@@ -60,6 +65,9 @@ class Call:
             model=model.name,
             sampling=for_choice(sampling, index),
             timeout_s=self.service.config.request_timeout_s,
+            ttft_timeout_s=self.service.config.ttft_timeout_s,
+            priority=priority_of(body.service_tier, self.grant),
+            tenant=tenant_name(self.tenant or body.user),
             request_id=self.request_id if index == 0 else f"{self.request_id}-{index}",
             cache_salt=self.grant.cache_salt(body.cache_salt),
             stop=body.stop,

@@ -58,6 +58,7 @@ class CallAdmission:
             model=call.model or only_model(served_models),
             request=self._with_seed(call.request),
             deadline_s=now_s + call.timeout_s if call.timeout_s is not None else None,
+            terms=call.terms,
         )
 
     def _with_seed(self, request: TokenRequest) -> TokenRequest:

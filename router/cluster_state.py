@@ -179,6 +179,7 @@ class ModelState:
     gap_text: str = ""
     gap_since_s: float = 0.0
     vacant_since_s: float | None = None
+    num_refreshes: int = 0
 
     @property
     def has_nodes(self) -> bool:
@@ -191,6 +192,7 @@ class ModelState:
 
     def refresh(self, now_s: float) -> None:
         """Recompute what follows from the nodes; limits stay as they were while there are none."""
+        self.num_refreshes += 1
         if self.has_nodes:
             self._refresh_limits()
             self.vacant_since_s = None

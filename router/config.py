@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Final, Literal, get_args
 
 from kvrelay.core.errors import ConfigError
+from kvrelay.router.priorities import DEFAULT_PRIORITIES, Priorities
 
 Placement = Literal["kvrelay", "least-loaded", "round-robin"]
 PLACEMENTS: Final[tuple[Placement, ...]] = get_args(Placement)
@@ -19,7 +20,11 @@ class RouterCoreConfig:
     `placement`: ``kvrelay`` places by predicted times and by what nodes hold; the others, which know less,
     are there to compare it with.
 
-    Queue: `max_queued_requests` over all models; a request waits at most `queue_timeout_s` for room, and at
+    Queue: `max_queued_requests` of each class of `priorities`, over all models, of which a tenant may have
+    `max_tenant_share` of what others leave; requests that name no tenant are not held to that. One that comes
+    too late for its deadline is refused at once if the chance that it makes it all the same is foretold to be
+    less than `min_chance`; `trial_share` of these are served, to count how many such refusals are false. A
+    request waits at most `queue_timeout_s` for room, and at
     most `node_wait_s` while no pair of nodes could serve its model at all.
 
     Attempts: `max_attempts` counts dispatches of one request that a node accepted; refusals are bounded by
@@ -46,6 +51,10 @@ class RouterCoreConfig:
 
     placement: Placement = "kvrelay"
     max_queued_requests: int = 1024
+    max_tenant_share: float = 0.5
+    min_chance: float = 0.2
+    trial_share: float = 0.02
+    priorities: Priorities = DEFAULT_PRIORITIES
     queue_timeout_s: float = 30.0
     node_wait_s: float = 10.0
     default_deadline_s: float = 600.0
@@ -80,9 +89,13 @@ class RouterCoreConfig:
         faults = []
         for spec in fields(self):
             value = getattr(self, spec.name)
+            if spec.name == "priorities":
+                continue
             if spec.name == "placement":
                 if value not in PLACEMENTS:
                     faults.append(f"placement must be one of {', '.join(PLACEMENTS)}, got {value!r}")
+            elif spec.name.endswith("_share") or spec.name == "min_chance":
+                faults += _share_faults(spec.name, value)
             elif spec.type == "int":
                 low = 0 if spec.name in ("growth_tokens", "num_remembered_decisions") else 1
                 if isinstance(value, bool) or not isinstance(value, int) or value < low:
@@ -111,3 +124,10 @@ class RouterCoreConfig:
             if isinstance(low, int | float) and isinstance(high, int | float) and low > high:
                 faults.append(f"{smaller} ({low:g}) must not be above {larger} ({high:g})")
         return faults
+
+
+def _share_faults(name: str, value: object) -> list[str]:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and 0.0 <= value <= 1.0:  # type: ignore[operator]  # is_number
+        return []
+    return [f"{name} must be a number from 0 to 1, got {value!r}"]

@@ -18,7 +18,8 @@ from kvrelay.core.ids import AttemptId, RequestId
 from kvrelay.core.node_messages import TokenBatch
 from kvrelay.core.request import FinishReason, TokenRequest, check_fits_model
 from kvrelay.core.sampling import MAX_SEED
-from kvrelay.router.admission import AdmissionQueue, check_names, completed_reason, deadline_of, find_model
+from kvrelay.router.admission import check_names, completed_reason, deadline_of, find_model
+from kvrelay.router.admission_queue import AdmissionQueue
 from kvrelay.router.cluster_state import ClusterState, NodeState, description_fault
 from kvrelay.router.config import RouterCoreConfig
 from kvrelay.router.events import (
@@ -38,7 +39,7 @@ from kvrelay.router.events import (
 from kvrelay.router.invariants import check_books
 from kvrelay.router.kv_intake import KVIntake
 from kvrelay.router.kv_routing import apply_kv_event, ask_again, note_guesses
-from kvrelay.router.ledger import Ledger, RequestEntry
+from kvrelay.router.ledger import Ledger, RequestEntry, RequestState
 from kvrelay.router.lifecycle import Lifecycle
 from kvrelay.router.merge import batch_fault, merge_batch
 from kvrelay.router.output_merge import OutputMerge
@@ -46,7 +47,7 @@ from kvrelay.router.placement import PlacementPolicy
 from kvrelay.router.placement_memory import PlacementMemory
 from kvrelay.router.reports import apply_faults, apply_loss, apply_reports
 from kvrelay.router.views import ClusterStatus, Counters, cluster_status
-from kvrelay.router.waiting import WaitingEntries
+from kvrelay.router.waiting import WaitingEntries, placement_request
 
 
 class RouterCore:
@@ -73,7 +74,7 @@ class RouterCore:
         """When a `LookDue` may start a queued request; infinite: nothing but another event can."""
         self._cluster = ClusterState(config, kv)
         self._ledger = Ledger()
-        self._queue = AdmissionQueue(config)
+        self._queue = AdmissionQueue(config, self._cluster, rng)
         self._counters = Counters()
         self._memory = PlacementMemory(config.num_remembered_decisions)
         self._life = Lifecycle(
@@ -155,10 +156,15 @@ class RouterCore:
             self._life.finish(entry, reason, now_s)
             return
         self._place_queued(now_s)
-        if self._queue.is_over_bound:
-            limit = self.config.max_queued_requests
-            error = self._queue.overloaded(f"{limit} requests are queued already")
+        if entry.state is not RequestState.QUEUED:
+            return
+        error = self._queue.keep_waiting(entry, self._prefill_s(entry, now_s), now_s)
+        if error is not None:
             self._life.fail(entry, error, now_s)
+
+    def _prefill_s(self, entry: RequestEntry, now_s: float) -> float | None:
+        """The policy's word on a request that waits."""
+        return self._policy.prefill_s(placement_request(entry, self.config.growth_tokens), now_s)
 
     def _new_entry(
         self, event: RequestSubmitted, request: TokenRequest, deadline_s: float, now_s: float
@@ -172,6 +178,7 @@ class RouterCore:
             request=request,
             submitted_s=now_s,
             deadline_s=deadline_s,
+            terms=event.terms,
             merge=OutputMerge(
                 session=event.session,
                 stream_id=event.stream_id,
@@ -206,6 +213,7 @@ class RouterCore:
         self._life.expire_holds(now_s)
         self._life.effects.extend(ask_again(self._cluster, now_s))
         self._cluster.forget_vacant_models(self._queue.waiting, now_s)
+        self._queue.prospects.forget_models()
         # A refusal's pause may have run out: time alone can let a request start.
         self._life.has_news_for_queue = bool(self._queue.waiting)
 
@@ -287,9 +295,12 @@ class RouterCore:
             return False
         request, decision = picked.request, picked.decision
         entry = self._ledger.requests[request.request_id]
+        error = self._queue.late_error(entry, decision, now_s)
+        if error is not None:
+            self._life.fail(entry, error, now_s)
+            return True
         num_blocks = self._cluster.nodes[decision.decode_node].blocks_for(request)
         attempt = self._life.dispatch(entry, decision, num_blocks, now_s)
-        self._queue.remove(entry)
         self._policy.note_placed(attempt.attempt_id, request, decision, now_s)
         note_guesses(self._cluster, decision, request, now_s)
         return True

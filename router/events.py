@@ -15,6 +15,7 @@ from kvrelay.core.kv_events import KVEvent
 from kvrelay.core.node_messages import Command, NodeDescription, NodeLoad, Report, TokenBatch
 from kvrelay.core.request import FinishReason, TokenLogprobs, TokenRequest
 from kvrelay.core.request_report import RequestReport as RequestReport
+from kvrelay.core.service_terms import DEFAULT_TERMS, ServiceTerms
 
 SessionId = NewType("SessionId", int)
 """A client stream of this router. A counter, never reused."""
@@ -61,6 +62,7 @@ class RequestSubmitted:
     model: str
     request: TokenRequest
     deadline_s: float | None = None
+    terms: ServiceTerms = DEFAULT_TERMS
 
 
 @dataclass(frozen=True, slots=True)

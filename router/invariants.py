@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 
 from kvrelay.core.node_messages import Role
-from kvrelay.router.admission import AdmissionQueue
+from kvrelay.core.service_terms import Priority
+from kvrelay.router.admission_queue import AdmissionQueue
 from kvrelay.router.cluster_state import ClusterState, NodeState
 from kvrelay.router.ledger import ENDED, Ledger, RequestEntry, RequestState, SideState
 from kvrelay.router.output_merge import NO_ATTEMPT
@@ -25,7 +26,8 @@ def _check_requests(ledger: Ledger, queue: AdmissionQueue) -> None:
     for request_id, entry in ledger.requests.items():
         assert entry.request_id == request_id
         assert entry.state not in ENDED, f"{request_id} ended and is still listed as live"
-        is_queued = entry.serial in queue.waiting.get(entry.model, ())
+        waiting = queue.waiting.get(entry.model)
+        is_queued = waiting is not None and entry in waiting
         assert is_queued == (entry.state is RequestState.QUEUED), (
             f"{request_id}: {entry.state} and queue differ"
         )
@@ -71,7 +73,10 @@ def _check_streams(ledger: Ledger) -> None:
 def _check_queue(ledger: Ledger, queue: AdmissionQueue) -> None:
     entries = list(queue.entries())
     assert queue.num_queued == len(entries)
-    assert all(queue.waiting.values()), "an empty queue is kept"
+    assert all(len(waiting) for waiting in queue.waiting.values()), "an empty queue is kept"
+    for priority in Priority:
+        number = sum(waiting.num_of_class(priority) for waiting in queue.waiting.values())
+        assert queue.num_of_class(priority) == number <= queue.max_of_class(priority)
     for entry in entries:
         assert entry.state is RequestState.QUEUED
         assert ledger.requests[entry.request_id] is entry

@@ -51,6 +51,11 @@ class PrefillCosts:
         return self._fit.relative_error
 
     @property
+    def num_observed(self) -> int:
+        """Prefills that were learned from."""
+        return self._fit.num_observed
+
+    @property
     def token_seconds(self) -> float:
         """Seconds of a token in a long prompt without context, on a node whose factor is 1."""
         return float(self._fit.coefficients[1])
@@ -77,6 +82,11 @@ class PrefillCosts:
         new = num_tokens - cached
         seconds: Floats = new * (token_s + pair_s * 0.5 * (cached + num_tokens)) + base_s
         return np.maximum(seconds, _MIN_SECONDS)
+
+    def typical_one(self, num_tokens: int, num_cached: int) -> float:
+        """The same for one prompt of which so many tokens are cached."""
+        new = num_tokens - num_cached
+        return self._fit.expected((1.0, float(new), 0.5 * new * (num_cached + num_tokens)))
 
     @property
     def base_seconds(self) -> float:

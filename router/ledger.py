@@ -26,8 +26,10 @@ from kvrelay.core.errors import KVRelayError
 from kvrelay.core.ids import AttemptId, NodeId, RequestId
 from kvrelay.core.node_messages import HandoffVerified, PrefillFinished, Role
 from kvrelay.core.request import FinishReason, TokenRequest
+from kvrelay.core.service_terms import DEFAULT_TERMS, ServiceTerms
 from kvrelay.router.block_keys import PromptBlocks
 from kvrelay.router.events import SessionId
+from kvrelay.router.outlook import UNKNOWN_OUTLOOK, Outlook
 from kvrelay.router.output_merge import NO_ATTEMPT, OutputMerge
 from kvrelay.router.placement import PlacementRequest
 
@@ -110,6 +112,8 @@ class RequestEntry:
     queue_deadline_s: float = 0.0
     not_before_s: float = 0.0
     first_dispatch_s: float | None = None
+    terms: ServiceTerms = DEFAULT_TERMS
+    outlook: Outlook = UNKNOWN_OUTLOOK
     last_error: KVRelayError | None = None
     avoided: frozenset[NodeId] = frozenset()
     prefill_node: str = ""
@@ -120,6 +124,21 @@ class RequestEntry:
     handed_over_s: float | None = None
     num_held_tokens: int | None = None
     finish_reason: FinishReason | None = None
+
+    @property
+    def due_s(self) -> float:
+        """See `QueuedWaiter`."""
+        return self.outlook.due_s
+
+    @property
+    def work_s(self) -> float:
+        """See `QueuedWaiter`."""
+        return self.outlook.work_s
+
+    @property
+    def num_room_tokens(self) -> int:
+        """See `QueuedWaiter`."""
+        return self.outlook.demand.num_room_tokens
 
     def move_to(self, state: RequestState) -> None:
         """Change state along `TRANSITIONS`; any other move is a bug."""

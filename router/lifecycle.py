@@ -17,7 +17,8 @@ from kvrelay.core.errors import (
 from kvrelay.core.ids import NodeId
 from kvrelay.core.node_messages import ReleaseKV, ReserveDecode, Role, StartPrefill
 from kvrelay.core.request import FinishReason
-from kvrelay.router.admission import AdmissionQueue, completed_reason
+from kvrelay.router.admission import completed_reason
+from kvrelay.router.admission_queue import AdmissionQueue, Refusal
 from kvrelay.router.cluster_state import ClusterState
 from kvrelay.router.config import RouterCoreConfig
 from kvrelay.router.events import DeliverFailed, DeliverFinished, Effect, RequestReport, SendCommand
@@ -57,7 +58,7 @@ class Lifecycle:
         self.has_news_for_queue = True
 
     def dispatch(self, entry: RequestEntry, decision: Decision, num_blocks: int, now_s: float) -> Attempt:
-        """Start an attempt on both nodes of the pair. The caller takes the entry out of the queue."""
+        """Start an attempt on both nodes of the pair, and take the entry out of the queue."""
         prefill, decode = (
             self.cluster.nodes[node_id] for node_id in (decision.prefill_node, decision.decode_node)
         )
@@ -72,6 +73,7 @@ class Lifecycle:
             max_sequence_tokens=min(prefill.max_sequence_tokens, decode.max_sequence_tokens),
             eos_token_ids=frozenset(decode.description.eos_token_ids),
         )
+        self.queue.start(entry, decision, now_s)
         entry.move_to(RequestState.PREFILLING)
         self.ledger.add_attempt(attempt)
         prefill.take(attempt, attempt.prefill)
@@ -92,7 +94,6 @@ class Lifecycle:
         if entry.first_dispatch_s is None:
             entry.first_dispatch_s = now_s
         self.counters.num_attempts += 1
-        self.queue.record_dispatch(now_s)
         self.memory.record_placement(entry, decision, now_s)
 
     def _start_waiting(self, entry: RequestEntry, now_s: float) -> None:
@@ -156,6 +157,7 @@ class Lifecycle:
         attempt = self.ledger.detach_attempt(entry)
         if attempt is None:
             return
+        self.queue.prospects.note_over(entry, now_s)
         for role in Role:
             self.release(attempt, role, now_s)
         self.effects.extend(self.pulls.release(attempt, now_s))
@@ -183,6 +185,7 @@ class Lifecycle:
     def finish(self, entry: RequestEntry, reason: FinishReason, now_s: float) -> None:
         """The output is complete and delivered."""
         entry.finish_reason = reason
+        self.queue.note_complete(entry, now_s)
         self._end(entry, RequestState.DONE, now_s)
         self.counters.num_finished += 1
         self.counters.num_prompt_tokens += entry.request.num_prompt_tokens
@@ -210,7 +213,7 @@ class Lifecycle:
 
     def _end(self, entry: RequestEntry, state: RequestState, now_s: float) -> None:
         if entry.state is RequestState.QUEUED:
-            self.queue.remove(entry)
+            self.queue.remove(entry, now_s)
             self.has_news_for_queue = True
         entry.move_to(state)
         self._end_attempt(entry, now_s)
@@ -235,10 +238,11 @@ class Lifecycle:
             if now_s - waiting_since_s >= self.config.node_wait_s:
                 return model.gap()
         if now_s < entry.queue_deadline_s:
-            return None
+            return self.queue.late_error(entry, None, now_s)
         waited_s = now_s - entry.queued_since_s
         why = f" (last: {entry.last_error.message})" if entry.last_error else ""
-        return self.queue.overloaded(f"no nodes had room for the request within {waited_s:.1f} s{why}")
+        text = f"no nodes had room for the request within {waited_s:.1f} s{why}"
+        return self.queue.refuse(entry.terms, Refusal.TIMEOUT, text)
 
     def expire_holds(self, now_s: float) -> None:
         """Count releases that are overdue; strike those whose lease must have ended."""

@@ -30,6 +30,10 @@ _COUNTERS: Final = {
     "kv_bytes": "Bytes of KV that were handed off.",
     "overdue_releases": "Releases that a node did not acknowledge in time.",
 }
+_TRIAL_COUNTERS: Final = {
+    "queue_trials": "Requests that were to be refused by their deadline, and were served all the same.",
+    "queue_trials_in_time": "Of these, those whose first token was in time: such refusals are false.",
+}
 _INDEX_COUNTERS: Final = {
     "events": ("kv_events", "Events in which nodes said what blocks they hold."),
     "gaps": ("kv_gaps", "Times that events of a node were missing, so that a snapshot was asked for."),
@@ -104,6 +108,7 @@ class _StateCollector(Collector):
         yield GaugeMetricFamily(
             "kvrelay_queue_length", "Requests that wait for nodes.", state.num_requests.get("queued", 0)
         )
+        yield from _queues(state)
         yield _nodes_by_role(state)
         for name, text in _COUNTERS.items():
             yield CounterMetricFamily(f"kvrelay_{name}", text, state.counters.get(name, 0))
@@ -126,6 +131,21 @@ def _index(state: ClusterState) -> Iterable[Metric]:
     yield GaugeMetricFamily("kvrelay_index_stale_nodes", stale, num_stale)
     for name, (counter, text) in _INDEX_COUNTERS.items():
         yield CounterMetricFamily(f"kvrelay_index_{name}", text, state.counters.get(counter, 0))
+
+
+def _queues(state: ClusterState) -> Iterable[Metric]:
+    waiting = GaugeMetricFamily("kvrelay_queue_requests", "Requests that wait.", labels=["priority"])
+    most = GaugeMetricFamily("kvrelay_queue_max_requests", "How many may wait.", labels=["priority"])
+    text = "Requests that were not served, by reason."
+    refused = CounterMetricFamily("kvrelay_queue_refused", text, labels=["priority", "reason"])
+    for queue in state.queues:
+        waiting.add_metric([queue.priority.value], queue.num_queued)
+        most.add_metric([queue.priority.value], queue.max_queued)
+        for reason, number in queue.refused.items():
+            refused.add_metric([queue.priority.value, reason], number)
+    yield from (waiting, most, refused)
+    for name, text in _TRIAL_COUNTERS.items():
+        yield CounterMetricFamily(f"kvrelay_{name}", text, state.counters.get(name, 0))
 
 
 def _nodes_by_role(state: ClusterState) -> GaugeMetricFamily:

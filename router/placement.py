@@ -30,7 +30,8 @@ class PlacementRequest:
 
     `token_ids` is the prompt plus the output delivered so far, `blocks` their keys in the block index;
     `num_growth_tokens` is the output to set aside room for. Nodes in `avoided` failed this request before.
-    `submitted_s` is when it came, on the router's clock.
+    `submitted_s` is when it came, on the router's clock. Of waiting requests, those of the `group` that comes
+    first go before all of the next one.
     """
 
     request_id: RequestId
@@ -40,6 +41,7 @@ class PlacementRequest:
     cache_salt: bytes = b""
     avoided: frozenset[NodeId] = frozenset()
     submitted_s: float = 0.0
+    group: str = ""
     blocks: PromptBlocks = field(default=None, compare=False)  # type: ignore[assignment]  # see below
 
     def __post_init__(self) -> None:
@@ -152,6 +154,11 @@ class PlacementPolicy(Protocol):
         changed that may let a request start."""
         ...
 
+    def prefill_s(self, request: PlacementRequest, now_s: float) -> float | None:
+        """Seconds that its prefill would take on the node that is best for it, with what caches hold; None:
+        that is not known."""
+        ...
+
     def note_attached(self, node: NodeView, now_s: float) -> None:
         """The node can be placed on from now on."""
         ...
@@ -222,7 +229,10 @@ class FirstComePolicy(ABC):
                 return None
         return None
 
-    # What follows is told to every policy; this one need not know. See `PlacementPolicy`.
+    # What follows is asked of every policy, and told to it; this one need not know. See `PlacementPolicy`.
+
+    def prefill_s(self, request: PlacementRequest, now_s: float) -> float | None:
+        return None
 
     def note_attached(self, node: NodeView, now_s: float) -> None:
         return

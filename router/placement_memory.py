@@ -13,6 +13,7 @@ from kvrelay.core.errors import UnknownRequest
 from kvrelay.core.explanation import Decision, Explanation, MeasuredRequest
 from kvrelay.core.ids import RequestId
 from kvrelay.router.ledger import ENDED, RequestEntry
+from kvrelay.router.outlook import Outlook
 
 
 @dataclass(slots=True, eq=False)
@@ -22,6 +23,7 @@ class _Record:
     serial: int
     model: str
     decision: Decision
+    outlook: Outlook
     placed_s: float
     measured: MeasuredRequest | None = None
 
@@ -35,7 +37,7 @@ class PlacementMemory:
 
     def record_placement(self, entry: RequestEntry, decision: Decision, now_s: float) -> None:
         """An attempt of the request was dispatched; what an earlier one left is forgotten."""
-        self._records[entry.request_id] = _Record(entry.serial, entry.model, decision, now_s)
+        self._records[entry.request_id] = _Record(entry.serial, entry.model, decision, entry.outlook, now_s)
         self._records.move_to_end(entry.request_id)
         while len(self._records) > self._max_requests:
             self._records.popitem(last=False)
@@ -64,7 +66,15 @@ class PlacementMemory:
             assert live is not None, "a request ended without a word to this memory"
             assert live.serial == record.serial
             measured = _measure(live, record.placed_s, now_s)
-        return Explanation(request_id, record.model, now_s - record.placed_s, record.decision, measured)
+        return Explanation(
+            request_id,
+            record.model,
+            now_s - record.placed_s,
+            record.decision,
+            measured,
+            predicted_queue_s=record.outlook.wait_s or None,
+            predicted_total_s=record.outlook.total_s,
+        )
 
     def _unknown(self, request_id: RequestId) -> UnknownRequest:
         limit, number = self._max_requests, len(self._records)

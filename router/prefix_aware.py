@@ -121,6 +121,14 @@ class PrefixAware(FleetPolicy):
         self.look_again_s = look_s
         return None
 
+    def prefill_s(self, request: PlacementRequest, now_s: float) -> float | None:
+        """See `PlacementPolicy`; looked up anew at most once in a while."""
+        found = [
+            self._options_of(request, prefill, now_s, _OPTIONS_AGE_S).least_work_s
+            for prefill, _ in self.fleets(request.model)
+        ]
+        return min(found, default=None)
+
     def _pick_in(
         self,
         prefill: PrefillFleet,
@@ -189,14 +197,16 @@ class PrefixAware(FleetPolicy):
     def _ranked(
         self, considered: list[PlacementRequest], prefill: PrefillFleet, now_s: float
     ) -> list[PlacementRequest]:
-        """By response ratio, highest first; of equal ones the oldest."""
+        """Group by group, by response ratio, highest first; of equal ones the oldest."""
         if len(considered) < 2:
             return considered
-        ratios = []
+        turns: dict[str, int] = {}
+        keys = []
         for request in considered:
             least_s = self._options_of(request, prefill, now_s, _OPTIONS_AGE_S).least_work_s
-            ratios.append((now_s - request.submitted_s) / least_s)
-        order = sorted(range(len(considered)), key=ratios.__getitem__, reverse=True)
+            turn = turns.setdefault(request.group, len(turns))
+            keys.append((turn, (request.submitted_s - now_s) / least_s))
+        order = sorted(range(len(considered)), key=keys.__getitem__)
         return [considered[index] for index in order]
 
     def _options_of(

@@ -103,6 +103,7 @@ def _apply_prefill_finished(
         fail_by_fault(life, node, attempt, "it finished a prefill without its token", now_s)
         return
     node.record_computed(attempt.prefill)
+    life.queue.note_prefilled(entry, report, now_s)
     life.has_news_for_queue = True
     entry.prefilled, entry.prefilled_s = report, now_s
     life.pulls.count(attempt, report)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import fields, replace
 
 import kvrelay
-from kvrelay.core.cluster_view import ClusterState, ModelInfo, NodeState
+from kvrelay.core.cluster_view import ClusterState, ModelInfo, NodeState, QueueState
+from kvrelay.core.service_terms import Priority
+from kvrelay.router.admission_queue import Refusal
 from kvrelay.router.ledger import RequestState
 from kvrelay.router.views import ClusterStatus, Counters, ModelStatus, NodeStatus
 
@@ -28,14 +30,26 @@ def cluster_state(status: ClusterStatus, router_id: str, uptime_s: float) -> Clu
         uptime_s=uptime_s,
         nodes=tuple(_node_state(node) for node in status.nodes),
         num_requests=num_requests,
-        counters=_counters(status.counters),
+        counters={**_counters(status.counters), **_trials(status)},
         mismatches=tuple(
             f"{model.name}: {pair.prefill_node} and {pair.decode_node}: {pair.difference}"
             for model in status.models
             for pair in model.mismatches
         ),
         index=status.index,
+        queues=tuple(_queue_state(status, priority) for priority in Priority),
     )
+
+
+def _queue_state(status: ClusterStatus, priority: Priority) -> QueueState:
+    num_queued, max_queued = status.lengths[priority]
+    refused = {reason.value: status.queue.refused[priority, reason] for reason in Refusal}
+    return QueueState(priority, num_queued, max_queued, refused)
+
+
+def _trials(status: ClusterStatus) -> dict[str, int]:
+    counts = status.queue
+    return {"queue_trials": counts.num_trials, "queue_trials_in_time": counts.num_trials_in_time}
 
 
 def without_times(state: ClusterState) -> ClusterState:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 
 from kvrelay.core.cluster_view import IndexState
 from kvrelay.core.node_messages import NodeDescription, NodeLoad, Role
-from kvrelay.router.admission import AdmissionQueue
+from kvrelay.core.service_terms import Priority
+from kvrelay.router.admission_queue import AdmissionQueue, QueueCounts
 from kvrelay.router.block_index import BlockIndex
 from kvrelay.router.cluster_state import ClusterState, FingerprintMismatch, ModelState, NodeState
 from kvrelay.router.ledger import Ledger, RequestState, Side, SideState
@@ -96,6 +97,9 @@ class ClusterStatus:
     """Pulls among them."""
     counters: Counters
     index: IndexState
+    queue: QueueCounts
+    lengths: dict[Priority, tuple[int, int]]
+    """Of each class: how many wait, and how many may."""
 
 
 def cluster_status(
@@ -125,6 +129,10 @@ def cluster_status(
             num_kv_gaps=cluster.kv.num_gaps,
         ),
         index=_index_state(cluster.block_index),
+        queue=replace(queue.counts, refused=Counter(queue.counts.refused)),
+        lengths={
+            priority: (queue.num_of_class(priority), queue.max_of_class(priority)) for priority in Priority
+        },
     )
 
 
@@ -161,7 +169,7 @@ def _model_status(model: ModelState, queue: AdmissionQueue) -> ModelStatus:
         max_sequence_tokens=model.max_sequence_tokens,
         num_prefill_nodes=len(model.nodes[Role.PREFILL]),
         num_decode_nodes=len(model.nodes[Role.DECODE]),
-        num_queued=len(queue.waiting.get(model.name, ())),
+        num_queued=queue.num_of_model(model.name),
         problem=model.gap_text,
         mismatches=model.mismatches,
     )

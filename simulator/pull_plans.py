@@ -37,6 +37,9 @@ class PullPlans:
     def pick(self, waiting: WaitingRequests, cluster: ClusterView, now_s: float, rng: Random) -> Pick | None:
         return self._policy.pick(waiting, cluster, now_s, rng)
 
+    def prefill_s(self, request: PlacementRequest, now_s: float) -> float | None:
+        return self._policy.prefill_s(request, now_s)
+
     def note_attached(self, node: NodeView, now_s: float) -> None:
         self._policy.note_attached(node, now_s)
 

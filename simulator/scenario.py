@@ -15,7 +15,9 @@ class Scenario:
 
     A request is refused that waits longer than `queue_timeout_s` at the router, or that comes while
     `max_queued` wait there; the defaults refuse none. The limits of goodput are on a request's time to first
-    token, and on 99 % of its own gaps between tokens.
+    token, on 99 % of its own gaps between tokens, and on its whole time. With `has_deadlines` requests tell
+    the router the first and the last of them, and it refuses those that it can't serve in time, but for a
+    share of `trial_share` of them.
 
     Raises:
         ConfigError: with all faults, one a line.
@@ -31,6 +33,9 @@ class Scenario:
     max_queued: int = 10**9
     ttft_limit_s: float = 0.5
     itl_limit_s: float = 0.025
+    total_limit_s: float = 1e9
+    has_deadlines: bool = False
+    trial_share: float = 0.02
 
     def __post_init__(self) -> None:
         faults = []
@@ -44,7 +49,7 @@ class Scenario:
                 faults.append(f"{name} must be from {least} to {most}, got {getattr(self, name)}")
         faults += [
             f"{name} must be above 0, got {getattr(self, name)}"
-            for name in ("load", "queue_timeout_s", "ttft_limit_s", "itl_limit_s")
+            for name in ("load", "queue_timeout_s", "ttft_limit_s", "itl_limit_s", "total_limit_s")
             if not 0.0 < getattr(self, name) <= 1e9
         ]
         if faults:

@@ -7,7 +7,7 @@ events. What nodes and links take comes from the cost model; messages take no ti
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from random import Random
 from typing import Final
@@ -28,6 +28,8 @@ from kvrelay.core.node_messages import (
 )
 from kvrelay.core.request import FinishReason, TokenRequest
 from kvrelay.core.sampling import SamplingParams
+from kvrelay.core.service_terms import DEFAULT_TERMS, ServiceTerms
+from kvrelay.router.admission_queue import QueueCounts
 from kvrelay.router.config import RouterCoreConfig
 from kvrelay.router.core import RouterCore
 from kvrelay.router.events import (
@@ -66,6 +68,7 @@ class Measurements:
 
     ttft_s: array[float]
     itl_p99_s: array[float]
+    total_s: array[float]
     gaps: GapTimes = field(default_factory=GapTimes)
     num_refused: int = 0
     num_placed: int = 0
@@ -86,7 +89,7 @@ class Simulation:
         self._costs = costs
         self._clock = EventQueue()
         num = len(trace)
-        self.seen = Measurements(array("d", [-1.0]) * num, array("d", [-1.0]) * num)
+        self.seen = Measurements(_column(num), _column(num), _column(num))
         num_prefill, num_decode = scenario.num_prefill_nodes, max(1, scenario.num_decode_nodes)
         max_entries = num_prefill * scenario.cache_blocks + 1_000_000
         self._prefixes = TracePrefixes(max_entries, num_prefill, num_decode)
@@ -168,6 +171,11 @@ class Simulation:
         )
         self._tell(NodeAttached(description))
 
+    @property
+    def queue_counts(self) -> QueueCounts:
+        """What the router refused, and why."""
+        return self._core.status(self._clock.now_s).queue
+
     # ---- requests ------------------------------------------------------------------------------------
 
     def _arrive(self, index: int) -> None:
@@ -178,12 +186,23 @@ class Simulation:
             sampling = self._sampling[num_output] = SamplingParams(max_tokens=num_output, ignore_eos=True)
         prompt = TracePrompt.of(index, num_tokens, self._trace.blocks_of(index))
         request = TokenRequest(prompt, num_tokens, sampling)
-        self._tell(RequestSubmitted(RequestId(str(index)), _SESSION, index, _MODEL, request))
+        name, terms = RequestId(str(index)), self._terms(index)
+        scenario, deadline_s = self._scenario, None
+        if scenario.has_deadlines and scenario.total_limit_s < 1e9:
+            deadline_s = self._clock.now_s + scenario.total_limit_s
+        self._tell(RequestSubmitted(name, _SESSION, index, _MODEL, request, deadline_s, terms))
         self._tick_while_queued()
 
+    def _terms(self, index: int) -> ServiceTerms:
+        terms = self._trace.terms[index] if self._trace.terms else DEFAULT_TERMS
+        if not self._scenario.has_deadlines:
+            return terms
+        return replace(terms, ttft_timeout_s=self._scenario.ttft_limit_s)
+
     def _tick_while_queued(self) -> None:
-        """Queue time-outs are the core's to see, when it is told that time passed."""
-        if self._scenario.queue_timeout_s < 1e9 and not self._is_ticking:
+        """What waits too long is the core's to see, when it is told that time passed."""
+        scenario = self._scenario
+        if (scenario.queue_timeout_s < 1e9 or scenario.has_deadlines) and not self._is_ticking:
             self._is_ticking = True
             self._clock.at(self._clock.now_s + _TICK_S, self._tick)
 
@@ -243,7 +262,8 @@ class Simulation:
 
     def _count_prefill(self, job: PrefillJob) -> None:
         seen = self.seen
-        seen.ttft_s[job.request] = self._clock.now_s - float(self._trace.arrivals_s[job.request])
+        elapsed_s = self._clock.now_s - float(self._trace.arrivals_s[job.request])
+        seen.ttft_s[job.request] = seen.total_s[job.request] = elapsed_s
         seen.num_placed += 1
         seen.num_prompt_tokens += job.num_tokens
         seen.num_cached_tokens += job.num_cached_tokens
@@ -253,7 +273,9 @@ class Simulation:
     # ---- decode --------------------------------------------------------------------------------------
 
     def _hand_off(self, prefill_id: NodeId, job: PrefillJob, first_token_s: float, num_left: int) -> None:
-        attempt, number = job.attempt, self._decode_of[job.attempt]
+        attempt, number = job.attempt, self._decode_of.get(job.attempt)
+        if number is None:
+            return  # its time was up
         verified = HandoffVerified(attempt, job.num_tokens, 1, self._clock.now_s - first_token_s, "modelled")
         self._tell(NodeReported(NodeId(f"{Role.DECODE}-{number}"), None, (verified,)))
         self._tell(NodeReported(prefill_id, None, (KVReleased(attempt),)))
@@ -275,11 +297,14 @@ class Simulation:
         self._planned_due[number] = float("inf")
         for job in node.advance():
             self.seen.itl_p99_s[job.request] = own_percentile_s(node.gaps_of(job), 99.0)
-            self._finish_decode(number, job)
+            if job.attempt in self._decode_of:
+                self._finish_decode(number, job)
         self._plan_decode(number)
 
     def _finish_decode(self, number: int, job: DecodeJob) -> None:
         del self._decode_of[job.attempt]
+        arrival_s = float(self._trace.arrivals_s[job.request])
+        self.seen.total_s[job.request] = self._clock.now_s - arrival_s
         tokens = TokenBatch((job.attempt,), (1,), (job.num_tokens,), (0,) * job.num_tokens)
         finished = AttemptFinished(job.attempt, FinishReason.LENGTH)
         self._tell(NodeReported(NodeId(f"{Role.DECODE}-{number}"), tokens, (finished,)))
@@ -288,10 +313,16 @@ class Simulation:
         return int(self._trace.num_output_tokens[request]) if self._scenario.has_decode else 1
 
 
+def _column(num_requests: int) -> array[float]:
+    return array("d", [-1.0]) * num_requests
+
+
 def _core_config(scenario: Scenario) -> RouterCoreConfig:
     """No limit but those of the scenario: the policies are compared, not the limits."""
     return RouterCoreConfig(
         max_queued_requests=scenario.max_queued,
+        max_tenant_share=1.0,
+        trial_share=scenario.trial_share,
         queue_timeout_s=scenario.queue_timeout_s,
         node_wait_s=_NEVER_S,
         default_deadline_s=_NEVER_S,

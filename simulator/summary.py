@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from kvrelay.router.admission_queue import Refusal
 from kvrelay.simulator.cost_model import CostModel
 from kvrelay.simulator.gap_times import GapTimes
 from kvrelay.simulator.scenario import Scenario
@@ -29,8 +31,9 @@ class Times:
 class Summary:
     """Rates are shares of prompt tokens: `hit_rate` was not computed (own caches and pulls), of which
     `pulled_rate` was pulled; `pooled_hit_rate` see `pooled_cache`. `goodput` is the share of all requests,
-    refused ones included, that met both limits, `goodput_per_s` how many those were a second.
-    `balance_max_over_mean` compares the busiest prefill node's work with the mean."""
+    refused ones included, that met all limits, `goodput_per_s` how many those were in each second in which
+    requests came. `balance_max_over_mean` compares the busiest prefill node's work with the mean. Of those
+    that were to be refused by their deadline, `trials` were served all the same, `trials_in_time` in time."""
 
     trace: str
     policy: str
@@ -55,6 +58,10 @@ class Summary:
     balance_max_over_mean: float
     ttft_limit_s: float
     itl_limit_s: float
+    total_limit_s: float
+    refused_by_reason: dict[str, int]
+    trials: int
+    trials_in_time: int
     goodput: float
     goodput_per_s: float
 
@@ -74,6 +81,10 @@ def summarise(
     duration_s = max(seen.end_s, 1e-9)
     tokens = max(1, seen.num_prompt_tokens)
     num_good = _num_good(seen, scenario)
+    counts, by_reason = done.queue_counts, Counter[Refusal]()
+    for (_, reason), number in counts.refused.items():
+        by_reason[reason] += number
+    arriving_s = max(float(trace.arrivals_s[-1]), 1e-9)
     return Summary(
         trace=trace.name,
         policy=scenario.policy,
@@ -98,15 +109,20 @@ def summarise(
         balance_max_over_mean=float(busy_s.max() / busy_s.mean()) if busy_s.any() else 1.0,
         ttft_limit_s=scenario.ttft_limit_s,
         itl_limit_s=scenario.itl_limit_s,
+        total_limit_s=scenario.total_limit_s,
+        refused_by_reason={reason.value: number for reason, number in sorted(by_reason.items())},
+        trials=counts.num_trials,
+        trials_in_time=counts.num_trials_in_time,
         goodput=num_good / len(trace),
-        goodput_per_s=num_good / duration_s,
+        goodput_per_s=num_good / arriving_s,
     )
 
 
 def _num_good(seen: Measurements, scenario: Scenario) -> int:
     """A request without a second token has no gap that could be too long."""
-    ttft_s, itl_s = np.array(seen.ttft_s), np.array(seen.itl_p99_s)
+    ttft_s, itl_s, total_s = np.array(seen.ttft_s), np.array(seen.itl_p99_s), np.array(seen.total_s)
     is_good = (ttft_s >= 0) & (ttft_s <= scenario.ttft_limit_s) & (itl_s <= scenario.itl_limit_s)
+    is_good &= total_s <= scenario.total_limit_s
     return int(is_good.sum())
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvrelay.core.errors import ConfigError
+from kvrelay.core.service_terms import ServiceTerms
 from kvrelay.simulator.cost_model import PrefillModel
 
 Floats = NDArray[np.float64]
@@ -20,7 +22,7 @@ class Trace:
 
     The blocks of request i are ``block_ids[block_starts[i] : block_starts[i + 1]]``: an id names the whole
     prefix up to and including its block of `block_tokens` tokens; the last block may be part of one. Requests
-    that share no prefix share no id.
+    that share no prefix share no id. `terms` is empty, or has whose each request is, and how urgent.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Trace:
     block_tokens: int
     block_ids: Ints
     block_starts: Ints
+    terms: Sequence[ServiceTerms] = ()
 
     def __len__(self) -> int:
         return len(self.arrivals_s)
@@ -49,6 +52,7 @@ class Trace:
             num_output_tokens=self.num_output_tokens[:num],
             block_ids=self.block_ids[: int(self.block_starts[num])],
             block_starts=self.block_starts[: num + 1],
+            terms=self.terms[:num],
         )
 
 

@@ -47,6 +47,9 @@ def _one_as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+ServiceTier = Literal["auto", "default", "flex", "priority"]
+"""OpenAI's names of priorities."""
+
 Stops = Annotated[list[StopText], BeforeValidator(_one_as_list), Field(max_length=MAX_STOPS)]
 """One string or several."""
 
@@ -116,6 +119,7 @@ class SamplingBody(Body):
     stream_options: StreamOptions | None = None
     structured_outputs: StructuredOutputs | None = None
     user: str = Field(default="", max_length=1024)
+    service_tier: ServiceTier = "auto"
     cache_salt: str = Field(default="", max_length=128, description="prefixes are shared under one salt only")
 
     @model_validator(mode="after")

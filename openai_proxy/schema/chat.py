@@ -125,7 +125,6 @@ class ChatBody(SamplingBody):
     add_generation_prompt: bool = True
     # Accepted, since their only sound values change nothing here.
     store: Literal[False] = False
-    service_tier: Literal["auto", "default"] = "auto"
     modalities: list[Literal["text"]] = Field(default=["text"], max_length=1)
 
     @model_validator(mode="after")

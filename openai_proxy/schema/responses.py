@@ -6,7 +6,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from kvrelay.openai_proxy.schema.base import MAX_NAME_CHARS, Body, Json, Name, check_names_differ, fault
+from kvrelay.openai_proxy.schema.base import (
+    MAX_NAME_CHARS,
+    Body,
+    Json,
+    Name,
+    ServiceTier,
+    check_names_differ,
+    fault,
+)
 from kvrelay.openai_proxy.schema.chat import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS
 
 _FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
@@ -122,11 +130,11 @@ class ResponseBody(Body):
     include: list[Literal["message.output_text.logprobs"]] = Field(default_factory=list, max_length=1)
     metadata: dict[str, str] = Field(default_factory=dict, max_length=16)
     user: str = Field(default="", max_length=1024)
+    service_tier: ServiceTier = "auto"
     # Accepted, since their only sound values change nothing here.
     store: Literal[False] = False
     background: Literal[False] = False
     truncation: Literal["disabled"] = "disabled"
-    service_tier: Literal["auto", "default"] = "auto"
 
     @model_validator(mode="after")
     def _choice_fits_tools(self) -> ResponseBody:

@@ -23,13 +23,14 @@ from kvrelay.cli import main as cli_main
 from kvrelay.codec import client_api as codec
 from kvrelay.codec.errors import DETAILS_KEY, to_grpc_status
 from kvrelay.core.client_types import CallAccepted, CallFinished, GenerateCall, SessionUpdate
-from kvrelay.core.cluster_view import ClusterState, IndexState, ModelInfo, NodeState
+from kvrelay.core.cluster_view import ClusterState, IndexState, ModelInfo, NodeState, QueueState
 from kvrelay.core.errors import KVRelayError, UnknownRequest
 from kvrelay.core.explanation import Candidate, Decision, Explanation, MeasuredRequest
 from kvrelay.core.ids import NodeId, RequestId
 from kvrelay.core.node_messages import NodeLoad, Role
 from kvrelay.core.request import FinishReason, TokenLogprobs
 from kvrelay.core.request_report import RequestReport
+from kvrelay.core.service_terms import Priority
 from kvrelay.core.tokenizer_chunk import split_tokenizer, tokenizer_digest
 from kvrelay.v1 import router_pb2_grpc
 
@@ -227,6 +228,7 @@ def make_state() -> ClusterState:
         counters={"requests": 5, "failures": 0},
         mismatches=("p9 and d9: dtype: 'float32' != 'bfloat16'",),
         index=IndexState(1200, 10_000_000, 140_000, 3),
+        queues=(QueueState(Priority.HIGH, 2, 1024, {"full": 3, "tenant": 0}),),
     )
 
 
@@ -243,7 +245,8 @@ def make_explanation(**measured: Any) -> Explanation:
     decision = Decision(NodeId("p2"), NodeId("d0"), candidates, "least-ttft", predicted_ttft_s=0.08)
     seen: dict[str, Any] = {"state": "prefilling", "num_attempts": 1, "num_prompt_tokens": 7}
     seen |= {"num_output_tokens": 0, "queue_s": 0.002, **measured}
-    return Explanation(RequestId("r1"), "tiny", 65.0, decision, MeasuredRequest(**seen), "router-a")
+    explained = Explanation(RequestId("r1"), "tiny", 65.0, decision, MeasuredRequest(**seen), "router-a")
+    return replace(explained, predicted_queue_s=0.005, predicted_total_s=0.9)
 
 
 @pytest.fixture

@@ -57,9 +57,11 @@ def test_a_placement_is_shown_with_the_chosen_node_first(
         "TTFT from this placement 80.0 ms 90.0 ms",
         "",
         "placement p2 -> d0",
+        "queue predicted 5.0 ms; measured 2.0 ms",
         "TTFT predicted 80.0 ms; measured 90.0 ms from this placement, 100.0 ms from submission",
         "prefill 7 prompt tokens, 2 tokens cached; waited 10.0 ms on the node, computed 50.0 ms",
         "KV moved 4.10 kB over tcp",
+        "total predicted 900.0 ms; measured 1200.0 ms",
         "request done (stop) after 1200.0 ms; 2.0 ms until its first placement; 3 output tokens",
     ]
 

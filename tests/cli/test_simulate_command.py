@@ -36,6 +36,17 @@ def test_it_prints_the_figures_and_writes_them_as_json_with_a_plot(trace: Path, 
     assert plot.read_text().startswith("<svg")
 
 
+def test_requests_that_tell_their_limits_are_refused_early(trace: Path) -> None:
+    arguments = ["simulate", str(trace), "--prefill", "1", "--decode", "1", "--load", "3", "--deadlines"]
+    limits = ["--ttft-limit-ms", "200", "--total-limit-s", "5"]
+    done = CliRunner().invoke(app, [*arguments, *limits, "--json", "-"])
+    figures = json.loads(done.output)
+    assert figures["refused"] == sum(figures["refused_by_reason"].values()) > 0
+    told = CliRunner().invoke(app, [*arguments, *limits])
+    assert "and in all <= 5.000 s" in told.output
+    assert "dropped" in told.output
+
+
 def test_the_same_command_writes_the_same_bytes(trace: Path) -> None:
     arguments = ["simulate", str(trace), "--prefill", "2", "--no-decode", "--seed", "3", "--json", "-"]
     first, again = (CliRunner().invoke(app, arguments).output for _ in range(2))

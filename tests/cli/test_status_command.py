@@ -25,6 +25,7 @@ def test_status_shows_nodes_requests_counters_and_mismatches(invoke: Any, fake_r
         "draining",
     ]
     assert "requests  decoding 2" in lines
+    assert "queue     high 2 of at most 1,024, refused 3 full" in lines
     assert "counters  requests 5" in lines
     assert "index     1,200 of at most 10,000,000 blocks, 0.1 MB, 3 evicted; guessed for p0" in lines
     assert "mismatch  p9 and d9: dtype: 'float32' != 'bfloat16'" in lines
@@ -37,6 +38,9 @@ def test_json_status_holds_everything(invoke: Any, fake_router: Any) -> None:
     assert {node["node_id"] for node in found["nodes"]} == {"p0", "d0"}
     assert found["nodes"][0]["load"]["num_held_blocks"] == 10
     assert found["models"][0]["name"] == "tiny"
+    assert found["queues"] == [
+        {"priority": "high", "num_queued": 2, "max_queued": 1024, "refused": {"full": 3, "tenant": 0}}
+    ]
 
 
 def test_watch_goes_on_until_ctrl_c(spawn: Any, fake_router: Any) -> None:

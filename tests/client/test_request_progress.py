@@ -12,13 +12,17 @@ from kvrelay.client.request_progress import RequestProgress, retry_pause_s
 from kvrelay.core.client_types import CallFinished, GenerateCall
 from kvrelay.core.errors import InvalidRequest, KVRelayError, NodeUnavailable, Overloaded
 from kvrelay.core.request import TokenRequest
+from kvrelay.core.service_terms import Priority, ServiceTerms
 
 LOST = NodeUnavailable("lost")
 
 
-def progress(timeout_s: float | None = None, max_tokens: int = 100) -> RequestProgress:
+def progress(
+    timeout_s: float | None = None, max_tokens: int = 100, ttft_timeout_s: float | None = None
+) -> RequestProgress:
+    terms = ServiceTerms(Priority.LOW, "ada", ttft_timeout_s)
     request = TokenRequest((1, 2), 2, SamplingParams(max_tokens=max_tokens))
-    return RequestProgress(GenerateCall("r", "m", request, timeout_s), started_s=100.0)
+    return RequestProgress(GenerateCall("r", "m", request, timeout_s, terms), started_s=100.0)
 
 
 def fail(request: RequestProgress, config: ClientConfig, **changes: Any) -> float:
@@ -86,6 +90,23 @@ def test_each_attempt_asks_for_what_is_left_in_the_time_that_is_left() -> None:
     assert (call.request_id, call.model, call.timeout_s) == ("r", "m", 2.0)
     assert request.next_call(1000.0).timeout_s == 0.001
     assert progress().next_call(101.0).timeout_s is None
+
+
+def test_the_first_token_is_asked_for_in_the_time_that_is_left_and_only_until_it_has_come() -> None:
+    request = progress(ttft_timeout_s=2.0)
+    assert request.next_call(100.5).terms == ServiceTerms(Priority.LOW, "ada", 1.5)
+    assert request.next_call(103.0).terms.ttft_timeout_s == 0.001
+    request.take([5], (), [101.0])
+    assert request.next_call(101.0).terms == ServiceTerms(Priority.LOW, "ada", None)
+
+
+def test_no_attempt_is_made_that_would_be_too_late_for_the_first_token() -> None:
+    error = Overloaded("full", retry_after_s=3.0)
+    with pytest.raises(Overloaded):
+        fail(progress(ttft_timeout_s=2.0), ClientConfig(), error=error, may_switch=False)
+    begun = progress(ttft_timeout_s=2.0)
+    begun.take([5], (), [101.0])
+    assert fail(begun, ClientConfig(), error=error, may_switch=False) >= 3.0
 
 
 def test_an_end_is_believed_only_if_all_tokens_came() -> None:

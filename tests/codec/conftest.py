@@ -11,7 +11,7 @@ from kvrelay.core.client_types import (
     SessionAsk,
     SessionUpdate,
 )
-from kvrelay.core.cluster_view import ClusterState, IndexState, ModelInfo, NodeState
+from kvrelay.core.cluster_view import ClusterState, IndexState, ModelInfo, NodeState, QueueState
 from kvrelay.core.errors import error_from_code
 from kvrelay.core.explanation import Candidate, Decision, Explanation, MeasuredRequest
 from kvrelay.core.kv import KVFingerprint
@@ -43,6 +43,7 @@ from kvrelay.core.node_messages import (
 from kvrelay.core.request import FinishReason, Prefix, TokenLogprobs, TokenRequest
 from kvrelay.core.request_report import RequestReport
 from kvrelay.core.sampling import Grammar, GrammarKind, SamplingParams
+from kvrelay.core.service_terms import Priority, ServiceTerms
 from kvrelay.core.tokenizer_chunk import TokenizerChunk
 
 PRINTABLE = st.characters(exclude_categories=("C", "Z"))
@@ -199,7 +200,9 @@ HELLO = st.builds(
     pid=COUNT,
     version=words(),
 )
-CALL = st.builds(GenerateCall, words(), words(), token_requests(), st.none() | st.floats(0.001, 86_400))
+TIMEOUT_S = st.none() | st.floats(0.001, 86_400)
+TERMS = st.builds(ServiceTerms, st.sampled_from(Priority), words(), TIMEOUT_S)
+CALL = st.builds(GenerateCall, words(), words(), token_requests(), TIMEOUT_S, TERMS)
 RUN_REPORT = st.builds(
     RequestReport,
     prefill_node=words(),
@@ -301,6 +304,15 @@ CLUSTER = st.builds(
     st.dictionaries(words(), UINT64, max_size=4),
     some(words()).map(tuple),
     st.builds(IndexState, *[UINT64] * 4),
+    some(
+        st.builds(
+            QueueState,
+            st.sampled_from(Priority),
+            UINT32,
+            UINT32,
+            st.dictionaries(words(), UINT64, max_size=4),
+        )
+    ).map(tuple),
 )
 MODEL = st.builds(
     ModelInfo,
@@ -363,6 +375,8 @@ EXPLANATION = st.builds(
     ),
     MEASURED,
     words(),
+    st.none() | SECONDS,
+    st.none() | SECONDS,
 )
 
 STRATEGIES = {

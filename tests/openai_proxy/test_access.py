@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from kvrelay.core.errors import ConfigError
+from kvrelay.core.service_terms import Priority
 from kvrelay.openai_proxy.access import (
     Access,
     ApiKey,
@@ -41,6 +42,16 @@ def refusal(access: Access, **headers: str) -> ApiError:
     with pytest.raises(ApiError) as caught:
         access.admit(headers)
     return caught.value
+
+
+# ---- what it may ask for
+
+
+def test_a_key_gets_no_higher_priority_than_it_is_allowed() -> None:
+    access = Access([ApiKey("ada", hash_key(ADA), max_priority="normal")], UsageBoard(1))
+    served = [admit(access).priority(wanted) for wanted in (Priority.HIGH, Priority.NORMAL, Priority.LOW)]
+    assert served == [Priority.NORMAL, Priority.NORMAL, Priority.LOW]
+    assert Grant().priority(Priority.HIGH) is Priority.HIGH
 
 
 # ---- who

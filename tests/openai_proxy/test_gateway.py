@@ -144,6 +144,48 @@ async def test_a_key_is_asked_for_where_there_are_keys_and_limits_hold(start_pro
     await router.calls[0].wait_cancelled()
 
 
+TIERS = {"auto": "normal", "default": "normal", "flex": "low", "priority": "high"}
+
+
+@pytest.mark.parametrize("tier", TIERS)
+async def test_a_service_tier_is_a_priority(start_proxy: Any, router: Any, tier: str) -> None:
+    router.script = say_ok
+    proxy = await start_proxy(ttft_timeout_s=5.0)
+    for path, body in PATHS.items():
+        router.calls.clear()
+        answer = await proxy.post(path, json={**body, "service_tier": tier})
+        assert answer.status_code == 200, answer.text
+        terms = router.calls[0].call.terms
+        assert (terms.priority, terms.tenant) == (TIERS[tier], "")
+        assert 0 < terms.ttft_timeout_s <= 5.0
+    refused = await proxy.post("/v1/chat/completions", json={**CHAT, "service_tier": "scale"})
+    assert error_of(refused)["param"] == "service_tier"
+
+
+async def test_a_key_allows_its_priority_and_the_answer_says_the_tier(start_proxy: Any, router: Any) -> None:
+    router.script = say_ok
+    proxy = await start_proxy(keys=[ApiKey("ada", hash_key("kvr-x"), max_priority="low")])
+    key = {"authorization": "Bearer kvr-x"}
+    answer = await proxy.post("/v1/responses", json={"input": "hi", "service_tier": "priority"}, headers=key)
+    assert answer.json()["service_tier"] == "flex"
+    assert router.calls[0].call.terms.priority == "low"
+
+
+async def test_the_tenant_is_the_headers_else_the_keys_else_the_users(start_proxy: Any, router: Any) -> None:
+    router.script = say_ok
+    key = {"authorization": "Bearer kvr-x"}
+    with_keys = await start_proxy(keys=[ApiKey("ada", hash_key("kvr-x"))], tenant_header="X-Team")
+    open_to_all = await start_proxy()
+    chat = "/v1/chat/completions"
+    await with_keys.post(chat, json={**CHAT, "user": "u1"}, headers={**key, "x-team": "blue"})
+    await with_keys.post(chat, json={**CHAT, "user": "u1"}, headers=key)
+    await open_to_all.post(chat, json={**CHAT, "user": "u1"}, headers={"x-team": "blue"})
+    await open_to_all.post(chat, json={**CHAT, "user": "u" * 1000})
+    tenants = [made.call.terms.tenant for made in router.calls]
+    assert tenants[:3] == ["blue", "ada", "u1"]
+    assert len(tenants[3]) == 64
+
+
 # ---- disconnects
 
 

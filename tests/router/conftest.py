@@ -31,6 +31,7 @@ from kvrelay.core.node_messages import (
 )
 from kvrelay.core.request import FinishReason, TokenRequest
 from kvrelay.core.sampling import SamplingParams
+from kvrelay.core.service_terms import DEFAULT_TERMS, ServiceTerms
 from kvrelay.router.config import Placement, RouterCoreConfig
 from kvrelay.router.core import RouterCore
 from kvrelay.router.events import (
@@ -122,12 +123,15 @@ class Transcript:
         model: str = "m",
         deadline_s: float | None = None,
         max_tokens: int = 4,
+        terms: ServiceTerms = DEFAULT_TERMS,
         **sampling: object,
     ) -> list[str]:
         params = SamplingParams(max_tokens=max_tokens, **sampling)  # type: ignore[arg-type]
         request = TokenRequest(prompt + output, len(prompt), params)
         return self.handle(
-            RequestSubmitted(RequestId(request_id), SessionId(session), stream_id, model, request, deadline_s)
+            RequestSubmitted(
+                RequestId(request_id), SessionId(session), stream_id, model, request, deadline_s, terms
+            )
         )
 
     def report(
@@ -175,6 +179,10 @@ class Transcript:
         """How many requests are in each state, zeros left out."""
         counts = self.core.status(self.now_s).num_requests_by_state
         return {str(state): count for state, count in counts.items() if count}
+
+    def num_attempts(self) -> int:
+        """Dispatched so far; the number of the last one."""
+        return self.core.status(self.now_s).counters.num_attempts
 
     def node(self, node_id: str) -> object:
         nodes = self.core.status(self.now_s).nodes
@@ -238,8 +246,8 @@ def batch(*entries: tuple[int, int, tuple[int, ...]]) -> TokenBatch:
     )
 
 
-def prefilled(attempt: int) -> PrefillFinished:
-    return PrefillFinished(AttemptId(attempt), num_cached_tokens=1, queue_s=0.0, compute_s=0.1)
+def prefilled(attempt: int, compute_s: float = 0.1) -> PrefillFinished:
+    return PrefillFinished(AttemptId(attempt), num_cached_tokens=1, queue_s=0.0, compute_s=compute_s)
 
 
 def verified(attempt: int) -> HandoffVerified:

@@ -1,5 +1,6 @@
 from kvrelay.v1 import common_pb2 as _common_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
@@ -7,8 +8,19 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class Priority(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PRIORITY_UNSPECIFIED: _ClassVar[Priority]
+    PRIORITY_LOW: _ClassVar[Priority]
+    PRIORITY_NORMAL: _ClassVar[Priority]
+    PRIORITY_HIGH: _ClassVar[Priority]
+PRIORITY_UNSPECIFIED: Priority
+PRIORITY_LOW: Priority
+PRIORITY_NORMAL: Priority
+PRIORITY_HIGH: Priority
+
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model", "prompt_token_ids", "output_token_ids", "sampling", "timeout_s", "cache_salt")
+    __slots__ = ("request_id", "model", "prompt_token_ids", "output_token_ids", "sampling", "timeout_s", "cache_salt", "priority", "tenant", "ttft_timeout_s")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -16,6 +28,9 @@ class GenerateRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    TTFT_TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -23,7 +38,10 @@ class GenerateRequest(_message.Message):
     sampling: _common_pb2.SamplingParams
     timeout_s: float
     cache_salt: bytes
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., timeout_s: _Optional[float] = ..., cache_salt: _Optional[bytes] = ...) -> None: ...
+    priority: Priority
+    tenant: str
+    ttft_timeout_s: float
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., timeout_s: _Optional[float] = ..., cache_salt: _Optional[bytes] = ..., priority: _Optional[_Union[Priority, str]] = ..., tenant: _Optional[str] = ..., ttft_timeout_s: _Optional[float] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("accepted", "tokens", "finished")
@@ -184,20 +202,24 @@ class ExplainRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ...) -> None: ...
 
 class ExplainResponse(_message.Message):
-    __slots__ = ("request_id", "router_id", "model", "placed_ago_s", "decision", "measured")
+    __slots__ = ("request_id", "router_id", "model", "placed_ago_s", "decision", "measured", "predicted_queue_s", "predicted_total_s")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PLACED_AGO_S_FIELD_NUMBER: _ClassVar[int]
     DECISION_FIELD_NUMBER: _ClassVar[int]
     MEASURED_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_TOTAL_S_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     router_id: str
     model: str
     placed_ago_s: float
     decision: Decision
     measured: MeasuredRequest
-    def __init__(self, request_id: _Optional[str] = ..., router_id: _Optional[str] = ..., model: _Optional[str] = ..., placed_ago_s: _Optional[float] = ..., decision: _Optional[_Union[Decision, _Mapping]] = ..., measured: _Optional[_Union[MeasuredRequest, _Mapping]] = ...) -> None: ...
+    predicted_queue_s: float
+    predicted_total_s: float
+    def __init__(self, request_id: _Optional[str] = ..., router_id: _Optional[str] = ..., model: _Optional[str] = ..., placed_ago_s: _Optional[float] = ..., decision: _Optional[_Union[Decision, _Mapping]] = ..., measured: _Optional[_Union[MeasuredRequest, _Mapping]] = ..., predicted_queue_s: _Optional[float] = ..., predicted_total_s: _Optional[float] = ...) -> None: ...
 
 class Decision(_message.Message):
     __slots__ = ("policy", "prefill_node", "decode_node", "predicted_ttft_s", "candidates", "pull_from", "num_pull_tokens")
@@ -296,7 +318,7 @@ class WatchClusterRequest(_message.Message):
     def __init__(self, interval_s: _Optional[float] = ..., once: _Optional[bool] = ...) -> None: ...
 
 class ClusterState(_message.Message):
-    __slots__ = ("router_id", "version", "uptime_s", "nodes", "num_requests", "counters", "mismatches", "index")
+    __slots__ = ("router_id", "version", "uptime_s", "nodes", "num_requests", "counters", "mismatches", "index", "queues")
     class NumRequestsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -319,6 +341,7 @@ class ClusterState(_message.Message):
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
     MISMATCHES_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
+    QUEUES_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     version: str
     uptime_s: float
@@ -327,7 +350,27 @@ class ClusterState(_message.Message):
     counters: _containers.ScalarMap[str, int]
     mismatches: _containers.RepeatedScalarFieldContainer[str]
     index: BlockIndexState
-    def __init__(self, router_id: _Optional[str] = ..., version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., nodes: _Optional[_Iterable[_Union[NodeState, _Mapping]]] = ..., num_requests: _Optional[_Mapping[str, int]] = ..., counters: _Optional[_Mapping[str, int]] = ..., mismatches: _Optional[_Iterable[str]] = ..., index: _Optional[_Union[BlockIndexState, _Mapping]] = ...) -> None: ...
+    queues: _containers.RepeatedCompositeFieldContainer[QueueState]
+    def __init__(self, router_id: _Optional[str] = ..., version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., nodes: _Optional[_Iterable[_Union[NodeState, _Mapping]]] = ..., num_requests: _Optional[_Mapping[str, int]] = ..., counters: _Optional[_Mapping[str, int]] = ..., mismatches: _Optional[_Iterable[str]] = ..., index: _Optional[_Union[BlockIndexState, _Mapping]] = ..., queues: _Optional[_Iterable[_Union[QueueState, _Mapping]]] = ...) -> None: ...
+
+class QueueState(_message.Message):
+    __slots__ = ("priority", "num_queued", "max_queued", "refused")
+    class RefusedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    NUM_QUEUED_FIELD_NUMBER: _ClassVar[int]
+    MAX_QUEUED_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    priority: Priority
+    num_queued: int
+    max_queued: int
+    refused: _containers.ScalarMap[str, int]
+    def __init__(self, priority: _Optional[_Union[Priority, str]] = ..., num_queued: _Optional[int] = ..., max_queued: _Optional[int] = ..., refused: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class BlockIndexState(_message.Message):
     __slots__ = ("num_entries", "max_entries", "num_bytes", "num_evicted")
