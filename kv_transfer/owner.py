@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 from typing import Final
 
-from kvrelay.core.errors import ConfigError, KVRelayError, Overloaded, TransferFailed
+from kvrelay.core.errors import KVRelayError, Overloaded, TransferFailed
 from kvrelay.core.ids import BlockId, TransferId
 from kvrelay.core.kv import DeviceKind, StagingMemory
 from kvrelay.kv_transfer.choose_transport import ChosenTransport, choose_transport
@@ -58,7 +57,7 @@ class TransferOwner:
         node, config = self._node, self._config
         send_staging = self._allocate(node.slots.num_send_slots)
         receive_staging = self._allocate(node.slots.num_receive_slots)
-        self._listener = _listen(config.listen_host, config.listen_port)
+        self._listener = node.sockets.listen(config.listen_host, config.listen_port)
         try:
             chosen = self._choose(send_staging, receive_staging)
         except BaseException:
@@ -232,13 +231,3 @@ class TransferOwner:
             return True
         slots = (snapshot.send_slots, snapshot.receive_slots)
         return any(counts.held or counts.quarantined for counts in slots) or self._receiver.num_greeting > 0
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        listener = socket.create_server((host, port), family=family, backlog=128)
-    except OSError as error:
-        raise ConfigError(f"can't listen on {host}:{port} for KV transfer: {error}") from error
-    listener.setblocking(False)
-    return listener
