@@ -133,6 +133,10 @@ class TransferOwner:
             receive_slots=self._receiver.slots,
         )
 
+    def holder_of(self, receive_offset: int) -> TransferId | None:
+        """Which transfer holds that part of the receive staging, in quarantine too; for tests."""
+        return self._receiver.holder_of(receive_offset)
+
     def link_bytes_per_s(self) -> dict[str, float]:
         return self._sender.link_bytes_per_s
 

@@ -1,0 +1,1 @@
+"""The cluster on a virtual clock: the router's own core and policies, over a trace, with modelled nodes."""
