@@ -13,7 +13,7 @@ from kvrelay.core.errors import RouterUnavailable
 from kvrelay.simulator.faults.client_request import ClientRequest
 from kvrelay.simulator.faults.network import End, Network
 from kvrelay.simulator.faults.process import Process
-from kvrelay.simulator.faults.router_process import PING
+from kvrelay.simulator.faults.router_process import PING, CancelById
 from kvrelay.simulator.faults.world import World
 
 
@@ -77,6 +77,12 @@ class SimClient:
         self.rotation.mark_failed(address, self.process.now_s())
         self._try_next(left, on_connected, on_failed)
 
+    def cancel_leftover(self, address: str, request_id: str) -> None:
+        """See `NamedRequests`: it goes over the session that there is now, as it would over its channel."""
+        session = self._sessions.get(address)
+        if session is not None:
+            session.cancel_by_id(request_id)
+
     def forget(self, session: ClientSession) -> None:
         """It is over: the address is dialled anew when it is needed."""
         if self._sessions.get(session.address) is session:
@@ -138,6 +144,10 @@ class ClientSession:
         if stream_id in self._calls:
             self._send(SessionAsk(finish=(stream_id,)))
 
+    def cancel_by_id(self, request_id: str) -> None:
+        """Have the router cancel a request of any session."""
+        self._send(CancelById(request_id))
+
     def end(self, reason: str) -> None:
         """The stream has ended."""
         if self._is_over:
@@ -179,7 +189,7 @@ class ClientSession:
         self._send(PING)
         self._process.after(config.keepalive_time_s, self._keep_alive)
 
-    def _send(self, message: SessionAsk | str) -> None:
+    def _send(self, message: SessionAsk | CancelById | str) -> None:
         if self._end is not None:
             self._end.send(message)
 

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Final
 from kvrelay.client.mailbox import AttemptEnd, AttemptFailed
 from kvrelay.client.request_progress import RequestProgress
 from kvrelay.core.client_types import CallFinished, GenerateCall
-from kvrelay.core.errors import DeadlineExceeded, KVRelayError, RequestCancelled, RouterUnavailable
+from kvrelay.core.errors import (
+    DeadlineExceeded,
+    DuplicateRequest,
+    KVRelayError,
+    RequestCancelled,
+    RouterUnavailable,
+)
 from kvrelay.core.request import FinishReason
 from kvrelay.simulator.faults.world import Violation
 
@@ -140,6 +146,8 @@ class ClientRequest:
         except KVRelayError as error:
             self._finish_with(error)
             return
+        if isinstance(failure.error, DuplicateRequest):
+            client.cancel_leftover(self._router, self.name)
         client.world.say(self._process.name, f"{self.name} failed ({failure.error.code}), again")
         self._process.after(pause_s, self._connect)
 

@@ -38,6 +38,7 @@ class Cluster:
         self.network.mean_delay_s = scenario.mean_delay_s
         self.fabric = Fabric()
         self.fabric.faults.late_writes = scenario.late_writes
+        self.fabric.faults.write_s = scenario.kv_write_s
         self.fabric.faults.late_s = 0.9 * QUARANTINE_S
         self.routers = [
             SimRouter(world, self.network, f"r{index}", scenario.router)
@@ -56,6 +57,8 @@ class Cluster:
         """By process name: when something was last done to it that may make it answer late."""
         self._started: dict[tuple[TransferId, type[Command]], Command] = {}
         self._num_requests = 0
+        self.ask_times_s: list[float] = []
+        """When its clients ask, probes aside."""
 
     @property
     def processes(self) -> list[Process]:
@@ -86,6 +89,7 @@ class Cluster:
         burst_s = rng.uniform(1.0, FAULTS_END_S - 2.0)
         for _ in range(scenario.num_requests):
             time_s = rng.gauss(burst_s, 0.05) if scenario.is_bursty else rng.uniform(0.6, FAULTS_END_S - 1.0)
+            self.ask_times_s.append(time_s)
             self.world.at(time_s, lambda: self._ask(is_probe=False))
         for index in range(scenario.num_probes):
             self.world.at(PROBES_START_S + 0.8 * index, lambda: self._ask(is_probe=True))

@@ -36,6 +36,7 @@ class FaultInjector:
             "drain_router": self._drain_router,
             "duplicate": self._duplicate,
             "corrupt_kv": self._corrupt_kv,
+            "reset_kv_link": self._reset_kv_link,
             "late_kv_frames": self._late_kv_frames,
             "drop_sessions": self._drop_sessions,
         }
@@ -45,8 +46,15 @@ class FaultInjector:
         rng, scenario = self._world.rng, self._cluster.scenario
         for _ in range(scenario.num_faults):
             kind = rng.choice(scenario.fault_kinds)
-            self._world.at(rng.uniform(0.5, FAULTS_END_S), lambda kind=kind: self._act(kind))  # type: ignore[misc]
+            self._world.at(self._draw_time_s(), lambda kind=kind: self._act(kind))  # type: ignore[misc]
         self._world.at(FAULTS_END_S, self._mend)
+
+    def _draw_time_s(self) -> float:
+        """Mostly a moment after somebody has asked: then something is under way."""
+        rng = self._world.rng
+        if rng.random() < 0.3:
+            return rng.uniform(0.5, FAULTS_END_S)
+        return min(FAULTS_END_S - 0.1, rng.choice(self._cluster.ask_times_s) + rng.expovariate(4.0))
 
     def _act(self, kind: str) -> None:
         self.counts[kind] = self.counts.get(kind, 0) + 1
@@ -144,6 +152,13 @@ class FaultInjector:
             owner.start()
         elif self._world.now_s < FAULTS_END_S:
             self._world.after(0.4, lambda: self._restart_when_gone(owner))
+
+    def _reset_kv_link(self) -> None:
+        links = self._network.recorded
+        if links:
+            end = self._world.rng.choice(links)
+            self._say(f"reset the KV link {end.label}")
+            end.reset("reset")
 
     def _slow_engine(self) -> None:
         node = self._world.rng.choice(self._cluster.nodes)

@@ -45,6 +45,9 @@ class Invariants:
     # ---- after each event --------------------------------------------------------------------------
 
     def _check_router(self, router: SimRouter) -> None:
+        if not router.has_changed:
+            return
+        router.has_changed = False
         self.num_checks += 1
         core = router.core
         core.check_invariants()
@@ -70,8 +73,10 @@ class Invariants:
 
     def _check_node(self, node: SimNode) -> None:
         """Of those of its parts that have done something."""
-        self.num_checks += 1
         worker, thread = node.worker, node.transfers.thread
+        if not (worker.has_changed or node.has_changed or thread.has_changed):
+            return
+        self.num_checks += 1
         if worker.has_changed:
             worker.engine.check()
         if worker.has_changed or node.has_changed:

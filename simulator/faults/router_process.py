@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from dataclasses import dataclass
 from random import Random
 from typing import Any, Final
 
 from kvrelay.codec.cluster import TokenBatchDecoder
 from kvrelay.core.client_types import SessionAsk
-from kvrelay.core.errors import KVRelayError
+from kvrelay.core.errors import KVRelayError, UnknownRequest
 from kvrelay.core.node_messages import NodeDescription, NodeFrame, Welcome
 from kvrelay.router.attachments import Attachment
 from kvrelay.router.core import RouterCore
@@ -25,6 +27,13 @@ KEEPALIVE_S: Final = 4.0
 PING: Final = "ping"
 
 
+@dataclass(frozen=True, slots=True)
+class CancelById:
+    """The RPC `Cancel`."""
+
+    request_id: str
+
+
 class SimRouter:
     """Listens at `node_address` and `client_address`. Each life has another epoch."""
 
@@ -33,6 +42,8 @@ class SimRouter:
         self.node_address, self.client_address = f"{name}:1", f"{name}:2"
         self.config = config
         self.metrics = RouterMetrics()
+        self.has_changed = True
+        """Whether its core may have been told anything since this was set to False."""
         self.shell: RouterShell
         self.core: RouterCore
         self._world = world
@@ -87,7 +98,10 @@ class SimRouter:
         self.process.kill()
 
     def flush(self) -> None:
-        """Have the streams written that have something to say, and ended those that the shell has ended."""
+        """Have the streams written that have something to say, and ended those that the shell has ended.
+
+        To be called whenever the shell was."""
+        self.has_changed = True
         for node_stream in list(self._node_streams.values()):
             if node_stream.attachment.ended.done():
                 self.lose_node(node_stream, node_stream.attachment.ended.result().message)
@@ -228,12 +242,17 @@ class _ClientStream(_Stream):
         if self.has_news:
             self.end.send(self.session.outbox.take_now())
 
-    def on_ask(self, ask: SessionAsk | str) -> None:
+    def on_ask(self, ask: SessionAsk | CancelById | str) -> None:
         self.heard_s = self.router.process.now_s()
         if isinstance(ask, str):
             self.end.send(PING)
             return
         shell = self.router.shell
+        if isinstance(ask, CancelById):
+            with suppress(UnknownRequest):
+                shell.cancel_request(ask.request_id)
+            self.router.flush()
+            return
         for stream_id, call in ask.calls:
             shell.submit(self.session, stream_id, call)
         for stream_id in ask.cancel:

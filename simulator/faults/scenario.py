@@ -21,12 +21,12 @@ from kvrelay.router.server_config import RouterConfig
 VOCAB_SIZE: Final = 997
 MAX_MODEL_LEN: Final = 160
 BLOCK_SIZE: Final = 4
-LEASE_S: Final = 5.0
-QUARANTINE_S: Final = 1.5
+LEASE_S: Final = 4.0
+QUARANTINE_S: Final = 1.0
 
-FAULTS_END_S: Final = 12.0
+FAULTS_END_S: Final = 10.0
 """From here on nothing breaks any more."""
-PROBES_START_S: Final = FAULTS_END_S + LEASE_S + 4.0
+PROBES_START_S: Final = FAULTS_END_S + LEASE_S + 3.0
 """Requests from here on must succeed."""
 LATEST_END_S: Final = 90.0
 """Everything must be at rest by then."""
@@ -43,6 +43,7 @@ FAULT_KINDS: Final = (
     "drain_router",
     "duplicate",
     "corrupt_kv",
+    "reset_kv_link",
     "late_kv_frames",
     "drop_sessions",
 )
@@ -50,7 +51,8 @@ FAULT_KINDS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """`fault_kinds` are drawn from at `num_faults` moments before `FAULTS_END_S`."""
+    """`fault_kinds` are drawn from at `num_faults` moments before `FAULTS_END_S`. `kv_write_s` is what a
+    message of KV takes at most, beyond the network's delay."""
 
     num_routers: int
     num_clients: int
@@ -60,6 +62,7 @@ class Scenario:
     router: RouterConfig
     client: ClientConfig
     mean_delay_s: float
+    kv_write_s: float
     late_writes: bool
     fault_kinds: tuple[str, ...]
     num_faults: int
@@ -83,9 +86,10 @@ def draw_scenario(rng: Random) -> Scenario:
         router=_router(rng),
         client=_client(rng),
         mean_delay_s=rng.choice((0.0002, 0.001, 0.005, 0.02)),
+        kv_write_s=rng.choice((0.0, 0.002, 0.02, 0.2)),
         late_writes=rng.random() < 0.5,
         fault_kinds=tuple(rng.sample(FAULT_KINDS, rng.choice((1, 2, 3, 5)))),
-        num_faults=rng.choice((0, 2, 4, 8, 12)),
+        num_faults=rng.choice((0, 4, 8, 16, 24)),
         is_bursty=rng.random() < 0.3,
         prompts=tuple(_tokens(rng, rng.randint(8, 90)) for _ in range(4)),
     )
@@ -142,10 +146,10 @@ def _transfer(rng: Random, name: str) -> KVTransferConfig:
         max_concurrent_transfers=rng.choice((4, 64)),
         max_pending_offers=rng.choice((2, 64)),
         connect_timeout_s=1.5,
-        pending_offer_timeout_s=1.5,
-        progress_timeout_s=3.0,
+        pending_offer_timeout_s=1.0,
+        progress_timeout_s=2.0,
         quarantine_s=QUARANTINE_S,
-        link_idle_s=6.0,
+        link_idle_s=4.0,
     )
 
 
@@ -161,10 +165,10 @@ def _router(rng: Random) -> RouterConfig:
         max_prefill_tokens_per_node=rng.choice((128, 1024)),
         growth_tokens=rng.choice((4, 16)),
         max_early_tokens=64,
-        ack_timeout_s=2.0,
+        ack_timeout_s=1.5,
         lease_s=LEASE_S,
         heartbeat_s=1.0,
-        node_silence_s=3.0,
+        node_silence_s=2.5,
         max_retry_after_s=2.0,
         num_remembered_decisions=16,
         max_index_entries=rng.choice((64, 10_000)),

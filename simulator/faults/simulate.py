@@ -16,7 +16,7 @@ from kvrelay.simulator.faults.invariants import Invariants
 from kvrelay.simulator.faults.scenario import LATEST_END_S, PROBES_START_S, draw_scenario
 from kvrelay.simulator.faults.world import World
 
-SETTLE_S = 11.0
+SETTLE_S = 7.5
 """After the last request: leases, quarantine and idle links run out."""
 
 

@@ -7,7 +7,7 @@ import socket
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import cast
+from typing import Final, cast
 
 from kvrelay.core.errors import KVRelayError, Overloaded
 from kvrelay.core.ids import BlockId, TransferId
@@ -29,7 +29,9 @@ from kvrelay.simulator.faults.network import Network
 from kvrelay.simulator.faults.process import Lane, Process, Timer
 from kvrelay.simulator.faults.sockets import PORT, SimSocket, SimSockets
 
-_POLL_S = 0.0005
+_POLL_S: Final = 0.0005
+MAX_TURNS: Final = 8
+"""In one step."""
 
 
 class TransferThread:
@@ -85,6 +87,19 @@ class TransferThread:
     def _turn(self) -> None:
         self.has_changed = True
         now_s = self._process.now_s()
+        is_busy, num_turns = True, 0
+        while is_busy and num_turns < MAX_TURNS:
+            num_turns += 1
+            is_busy = self._turn_once(now_s)
+        if is_busy:
+            self._wake_timer.set_sooner(0.00002)
+        elif self.owner.is_polling(now_s):
+            self._wake_timer.set_sooner(_POLL_S)
+        elif (wait_s := self.owner.wait_s(now_s)) is not None:
+            self._wake_timer.set_sooner(max(wait_s, 0.00001))
+
+    def _turn_once(self, now_s: float) -> bool:
+        """Whether there may be more to do at once."""
         num_commands = len(self._inbox)
         for _ in range(num_commands):
             self._inbox.popleft()()
@@ -95,12 +110,7 @@ class TransferThread:
                 self._watched[sock][1](mask)
         for sock in ready:
             self.notify(sock, 0)
-        if is_busy or ready or self._inbox:
-            self._wake_timer.set_sooner(0.00002)
-        elif self.owner.is_polling(now_s):
-            self._wake_timer.set_sooner(_POLL_S)
-        elif (wait_s := self.owner.wait_s(now_s)) is not None:
-            self._wake_timer.set_sooner(max(wait_s, 0.00001))
+        return is_busy or bool(ready)
 
 
 class SimTransfers:

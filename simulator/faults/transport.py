@@ -22,8 +22,10 @@ from kvrelay.simulator.faults.world import Violation
 
 @dataclass(slots=True)
 class WireFaults:
-    """What the KV wire does wrong. `late_writes`: a write may still land `late_s` after its link has gone."""
+    """What the KV wire does wrong. `late_writes`: a write may still land `late_s` after its link has gone.
+    A write takes `write_s` at most, beyond the network's delay."""
 
+    write_s: float = 0.0
     late_writes: bool = False
     late_s: float = 0.0
     corrupt_rate: float = 0.0
@@ -140,6 +142,7 @@ class SimTransport:
         """It goes on by itself, whatever becomes of this process' threads; but not of its memory."""
         world = self._process.world
         delay_s = self._network.delay_s(self._process, peer._process)
+        delay_s += world.rng.random() * self._fabric.faults.write_s
 
         def arrive() -> None:
             if not self.is_living:
