@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import count
 
 from kvrelay.client.addresses import RouterRotation
@@ -199,10 +199,10 @@ class ClientSession:
             return
         start = 0
         for stream_id, num_tokens in zip(update.stream_ids, update.counts, strict=True):
-            tokens: Sequence[int] = update.token_ids[start : start + num_tokens]
+            span = slice(start, start + num_tokens)
             start += num_tokens
             if (request := self._calls.get(stream_id)) is not None:
-                request.on_tokens(tokens)
+                request.on_tokens(update.token_ids[span], update.logprobs[span])
         for stream_id, finished in update.finished:
             self._tell_end(stream_id, finished)
         for stream_id, error in update.failed:

@@ -15,7 +15,7 @@ from kvrelay.core.errors import (
     RequestCancelled,
     RouterUnavailable,
 )
-from kvrelay.core.request import FinishReason
+from kvrelay.core.request import FinishReason, TokenLogprobs
 from kvrelay.simulator.faults.world import Violation
 
 if TYPE_CHECKING:
@@ -91,8 +91,8 @@ class ClientRequest:
         if not self.end:
             self._recover(AttemptFailed(error))
 
-    def on_tokens(self, tokens: Sequence[int]) -> None:
-        """They must be the next ones of the answer."""
+    def on_tokens(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs | None]) -> None:
+        """They must be the next ones of the answer, with logprobs where those were asked for."""
         progress = self.progress
         start = len(progress.token_ids)
         if tuple(tokens) != tuple(self.answer[start : start + len(tokens)]):
@@ -100,8 +100,11 @@ class ClientRequest:
                 f"{self.name} got {list(tokens)} as tokens from {start}, of the answer"
                 f" {list(self.answer[start : start + len(tokens) + 1])}"
             )
+        wants_logprobs = progress.call.request.sampling.num_logprobs is not None
+        if wants_logprobs and (len(logprobs) != len(tokens) or None in logprobs):
+            raise Violation(f"{self.name} got {len(tokens)} tokens with the logprobs {logprobs}")
         now_s = self._process.now_s()
-        progress.take(tokens, [], [now_s] * len(tokens))
+        progress.take(tokens, logprobs, [now_s] * len(tokens))
         if not self._is_router_well:
             self._is_router_well = True
             self._client.rotation.mark_well(self._router)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 from kvrelay.core.client_types import GenerateCall
@@ -115,18 +116,13 @@ class Cluster:
             max_tokens=rng.choice((1, 2, 4, 8, 16, 32)),
             temperature=rng.choice((0.0, 1.0)),
             seed=rng.randrange(2**32),
+            num_logprobs=rng.choice((None, None, None, 1)),
         )
         request = TokenRequest(prompt, len(prompt), sampling, rng.choice((b"", b"", b"", b"salt")))
         answer, _ = right_answer(request, VOCAB_SIZE, MAX_MODEL_LEN)
         if rng.random() < 0.2:
             stops = (rng.choice(tuple(answer)),)
-            sampling = SamplingParams(
-                max_tokens=sampling.max_tokens,
-                temperature=sampling.temperature,
-                seed=sampling.seed,
-                stop_token_ids=stops,
-            )
-            request = TokenRequest(prompt, len(prompt), sampling, request.cache_salt)
+            request = replace(request, sampling=replace(sampling, stop_token_ids=stops))
         answer, reason = right_answer(request, VOCAB_SIZE, MAX_MODEL_LEN)
         timeout_s = 20.0 if is_probe else rng.choice((None, 1.0, 6.0, 15.0, 15.0))
         return ClientRequest(client, GenerateCall(name, "sim", request, timeout_s), answer, reason)

@@ -44,6 +44,8 @@ class FaultInjector:
     def plan(self) -> None:
         """Draw when what happens, and when all of it is over."""
         rng, scenario = self._world.rng, self._cluster.scenario
+        if scenario.is_rolling_restart:
+            self._world.at(1.0, lambda: self._restart_next(0))
         for _ in range(scenario.num_faults):
             kind = rng.choice(scenario.fault_kinds)
             self._world.at(self._draw_time_s(), lambda kind=kind: self._act(kind))  # type: ignore[misc]
@@ -57,8 +59,11 @@ class FaultInjector:
         return min(FAULTS_END_S - 0.1, rng.choice(self._cluster.ask_times_s) + rng.expovariate(4.0))
 
     def _act(self, kind: str) -> None:
-        self.counts[kind] = self.counts.get(kind, 0) + 1
+        self._act_on(kind)
         self._acts[kind]()
+
+    def _act_on(self, kind: str) -> None:
+        self.counts[kind] = self.counts.get(kind, 0) + 1
 
     def _say(self, text: str) -> None:
         self._world.say("FAULT", text)
@@ -74,7 +79,7 @@ class FaultInjector:
         self._network.heal()
         self._network.slowness.clear()
         self._network.duplicate_rate = 0.0
-        self._cluster.fabric.faults.corrupt_rate = 0.0
+        self._cluster.fabric.faults.corrupt_rate = self._cluster.fabric.faults.write_s = 0.0
         for process in self._cluster.processes:
             self._cluster.disturb(process)
             if process.is_paused:
@@ -147,6 +152,24 @@ class FaultInjector:
             router.process.deliver(router.terminate)
             self._restart_when_gone(router)
 
+    def _restart_next(self, number: int) -> None:
+        """One after another is drained and started again, as when a cluster is brought up to date."""
+        servers = self._cluster.servers
+        if number >= len(servers):
+            return
+        server = servers[number]
+        self._act_on("rolling restart")
+        server.process.deliver(server.terminate)
+        self._await_restart(number)
+
+    def _await_restart(self, number: int) -> None:
+        server = self._cluster.servers[number]
+        if server.process.is_alive:
+            self._world.after(0.05, lambda: self._await_restart(number))
+        else:
+            server.start()
+            self._world.after(0.7, lambda: self._restart_next(number + 1))
+
     def _restart_when_gone(self, owner: SimNode | SimRouter) -> None:
         if not owner.process.is_alive:
             owner.start()
@@ -184,10 +207,12 @@ class FaultInjector:
         others = [other for other in processes if other is not one]
         if rng.random() < 0.7:
             others = [rng.choice(others)]
-        length_s = self._length_s()
-        self._say(f"cut {one.name} from {' '.join(other.name for other in others)} for {length_s:.2f} s")
+        length_s, one_way = self._length_s(), rng.random() < 0.3
+        how = "one way" if one_way else "both ways"
+        names = " ".join(other.name for other in others)
+        self._say(f"cut {one.name} from {names} for {length_s:.2f} s, {how}")
         for other in others:
-            self._network.cut(one.name, other.name)
+            self._network.cut(one.name, other.name, one_way=one_way)
             self._cluster.disturb(other, length_s + 1.0)
         self._cluster.disturb(one, length_s + 1.0)
         self._world.after(length_s, self._network.heal)

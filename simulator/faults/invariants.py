@@ -23,6 +23,9 @@ MAX_ENDING_S: Final = 4.0
 """In so much time an undisturbed node gives back what it holds of an attempt whose end is decided."""
 
 
+MAY_END_WITHOUT_FAULTS: Final = ("finished", "satisfied", "CANCELLED", "DEADLINE_EXCEEDED", "OVERLOADED")
+
+
 class Invariants:
     """Checks one cluster. A `Violation` or an `AssertionError` of the code itself says what does not hold."""
 
@@ -53,6 +56,8 @@ class Invariants:
         core.check_invariants()
         now_s, name = router.process.now_s(), router.process.name
         ledger = core._ledger
+        if core._counters.num_faulty_frames:
+            raise Violation(f"{name} was sent unusable tokens")
         is_late = not self._was_disturbed(name, 1.0)
         for entry in ledger.requests.values():
             error = entry.last_error
@@ -133,6 +138,11 @@ class Invariants:
         unended = [request.name for request in self._cluster.requests if not request.end]
         if unended:
             raise Violation(f"requests without an end: {' '.join(unended)}")
+        scenario = self._cluster.scenario
+        if scenario.num_faults == 0:
+            for request in self._cluster.requests:
+                if request.end not in MAY_END_WITHOUT_FAULTS:
+                    raise Violation(f"{request.name} ended by {request.end}, though nothing broke")
         for probe in self._cluster.probes:
             if probe.end != "finished":
                 raise Violation(f"{probe.name}, asked when all was mended, ended by {probe.end}")

@@ -116,7 +116,7 @@ class End:
             return
         if self._coming[0][0] > self._network.world.now_s:
             self._arrive_later()
-        elif self._network.is_cut(self.process, self.peer.process):
+        elif self._network.is_cut(self.peer.process, self.process):
             self._is_held = True
             self._network.hold(self)
         else:
@@ -213,10 +213,11 @@ class Network:
 
     # ---- faults ------------------------------------------------------------------------------------
 
-    def cut(self, one: str, other: str) -> None:
-        """From now on nothing moves between the two."""
+    def cut(self, one: str, other: str, *, one_way: bool = False) -> None:
+        """From now on nothing moves from one to the other, nor back, unless it is cut `one_way`."""
         self._cuts.add((one, other))
-        self._cuts.add((other, one))
+        if not one_way:
+            self._cuts.add((other, one))
 
     def heal(self) -> None:
         """All hosts reach each other."""
@@ -225,9 +226,9 @@ class Network:
         for end in held:
             end.resume_coming()
 
-    def is_cut(self, one: Process, other: Process) -> bool:
-        """Whether nothing moves between these."""
-        return bool(self._cuts) and (one.name, other.name) in self._cuts
+    def is_cut(self, sender: Process, receiver: Process) -> bool:
+        """Whether nothing moves from one to the other."""
+        return bool(self._cuts) and (sender.name, receiver.name) in self._cuts
 
     @property
     def recorded(self) -> list[End]:

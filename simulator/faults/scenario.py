@@ -51,8 +51,9 @@ FAULT_KINDS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """`fault_kinds` are drawn from at `num_faults` moments before `FAULTS_END_S`. `kv_write_s` is what a
-    message of KV takes at most, beyond the network's delay."""
+    """`is_rolling_restart`: each server in turn is drained and started again, nothing else happens, and no
+    request may fail of that. Else `fault_kinds` are drawn from at `num_faults` moments before `FAULTS_END_S`.
+    `kv_write_s` is what a message of KV takes at most, beyond the network's delay."""
 
     num_routers: int
     num_clients: int
@@ -67,15 +68,18 @@ class Scenario:
     fault_kinds: tuple[str, ...]
     num_faults: int
     is_bursty: bool
+    is_rolling_restart: bool
     prompts: tuple[tuple[int, ...], ...] = field(repr=False, default=())
 
 
 def draw_scenario(rng: Random) -> Scenario:
     """What that generator's seed plays."""
-    num_routers = rng.choice((1, 2, 2, 2))
+    is_rolling_restart = rng.random() < 0.08
+    fewest = 2 if is_rolling_restart else 1
+    num_routers = max(fewest, rng.choice((1, 2, 2, 2)))
     routers = tuple(f"r{index}:1" for index in range(num_routers))
-    names = [f"p{index}" for index in range(rng.choice((1, 2, 2, 3)))]
-    names += [f"d{index}" for index in range(rng.choice((1, 2, 2, 3)))]
+    names = [f"p{index}" for index in range(max(fewest, rng.choice((1, 2, 2, 3))))]
+    names += [f"d{index}" for index in range(max(fewest, rng.choice((1, 2, 2, 3))))]
     host_tier_share = rng.choice((0.0, 0.0, 0.5))
     return Scenario(
         num_routers=num_routers,
@@ -89,8 +93,9 @@ def draw_scenario(rng: Random) -> Scenario:
         kv_write_s=rng.choice((0.0, 0.002, 0.02, 0.2)),
         late_writes=rng.random() < 0.5,
         fault_kinds=tuple(rng.sample(FAULT_KINDS, rng.choice((1, 2, 3, 5)))),
-        num_faults=rng.choice((0, 4, 8, 16, 24)),
+        num_faults=0 if is_rolling_restart else rng.choice((0, 4, 8, 16, 24)),
         is_bursty=rng.random() < 0.3,
+        is_rolling_restart=is_rolling_restart,
         prompts=tuple(_tokens(rng, rng.randint(8, 90)) for _ in range(4)),
     )
 
@@ -114,6 +119,7 @@ def _node(rng: Random, name: str, routers: tuple[str, ...], host_tier_share: flo
         max_model_len=MAX_MODEL_LEN,
         max_waiting=rng.choice((2, 8, 32)),
         layers_per_group=rng.choice((1, 2, 4)),
+        itl_promise_ms=rng.choice((None, None, 60.0)),
         sim_vocab_size=VOCAB_SIZE,
         sim_timing=SimTiming(0.02, 2e-4, 0.0, 0.025, 1e-3, 0.0),
     )
@@ -174,7 +180,14 @@ def _router(rng: Random) -> RouterConfig:
         max_index_entries=rng.choice((64, 10_000)),
         max_indexed_nodes=8,
     )
-    return RouterConfig(core=core, max_buffered_commands_per_node=256, max_nodes=16, drain_timeout_s=1.0)
+    return RouterConfig(
+        core=core,
+        max_streams_per_session=rng.choice((4, 256, 256)),
+        max_buffered_tokens_per_session=rng.choice((24, 4096, 4096)),
+        max_buffered_commands_per_node=rng.choice((8, 256)),
+        max_nodes=16,
+        drain_timeout_s=1.0,
+    )
 
 
 def _client(rng: Random) -> ClientConfig:
