@@ -113,7 +113,7 @@ class Cluster:
         tail = tuple(rng.randrange(1, VOCAB_SIZE) for _ in range(rng.randint(0, 24)))
         prompt = (shared[: rng.randint(1, len(shared))] if rng.random() < 0.3 else shared) + tail
         sampling = SamplingParams(
-            max_tokens=rng.choice((1, 2, 4, 8, 16, 32)),
+            max_tokens=rng.choice((1, 2, 4, 8, 16, 32, 64)),
             temperature=rng.choice((0.0, 1.0)),
             seed=rng.randrange(2**32),
             num_logprobs=rng.choice((None, None, None, 1)),

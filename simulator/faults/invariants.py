@@ -166,8 +166,9 @@ class Invariants:
             "receive slots": snapshot.receive_slots.held + snapshot.receive_slots.quarantined,
             "leases beyond its routers": max(0, len(node.core._leases) - len(self._cluster.routers)),
         }
+        held |= sizes_at_rest(node)
         if any(held.values()):
-            raise Violation(f"{node.name} at rest still holds {held}")
+            raise Violation(f"{node.name} at rest still holds { {k: n for k, n in held.items() if n} }")
 
     def _check_router_at_rest(self, router: SimRouter) -> None:
         name, status = router.process.name, router.core.status(router.process.now_s())
@@ -180,6 +181,17 @@ class Invariants:
                 raise Violation(f"{name} at rest still counts something at {node.description.node_id}")
             if node.is_index_stale:
                 raise Violation(f"{name} does not know what {node.description.node_id} holds")
+        ledger, sessions = router.core._ledger, router.shell.sessions
+        sizes = {
+            "streams": len(ledger.streams),
+            "releases": len(ledger.releasing),
+            "closing requests": len(ledger.closing),
+            "queues": len(router.core._queue.waiting),
+            "named requests": len(sessions.session_of),
+            "sessions beyond its clients": max(0, len(sessions.by_id) - len(self._cluster.clients)),
+        }
+        if any(sizes.values()):
+            raise Violation(f"{name} at rest still keeps {sizes}")
         self._check_index(router)
 
     def _check_index(self, router: SimRouter) -> None:
@@ -199,3 +211,20 @@ class Invariants:
                     raise Violation(f"{router.process.name}: its index lacks what {node.name} holds")
         if index.num_entries != num_held:
             raise Violation(f"{router.process.name}: {index.num_entries} blocks indexed, {num_held} held")
+
+
+def sizes_at_rest(node: SimNode) -> dict[str, int]:
+    """Of what a node keeps for attempts and links: all 0 when nothing has happened for long."""
+    owner = node.transfers.owner
+    sender, receiver = owner._sender, owner._receiver
+    return {
+        "links to receivers": len(sender._links),
+        "used links": len(sender._link_of) + len(receiver._link_of),
+        "waiting messages": len(sender._waiting),
+        "writes": len(sender._writing),
+        "holders that wait for a slot": len(sender._pool._demand) + len(receiver._pool._demand),
+        "draining transfers": len(receiver._draining._entries),
+        "silenced transfers": len(node.transfers._silenced),
+        "names of sequences": len(node.worker._turns._transfer_ids),
+        "connections beyond its routers": max(0, len(node.core._connected) - len(node.heard_s)),
+    }

@@ -84,7 +84,7 @@ def draw_scenario(rng: Random) -> Scenario:
     return Scenario(
         num_routers=num_routers,
         num_clients=rng.choice((1, 2)),
-        num_requests=rng.choice((8, 16, 24, 32)),
+        num_requests=rng.choice((6, 12, 20, 28)),
         num_probes=rng.choice((2, 4)),
         nodes=tuple(_node(rng, name, routers, host_tier_share) for name in names),
         router=_router(rng),
@@ -145,7 +145,7 @@ def _transfer(rng: Random, name: str) -> KVTransferConfig:
     return KVTransferConfig(
         transport="memory",
         listen_host=name,
-        slot_bytes=rng.choice((128, 512, 2048)),
+        slot_bytes=rng.choice((256, 1024, 4096)),
         num_send_slots=rng.choice((1, 2, 4)),
         num_receive_slots=rng.choice((2, 4, 8)),
         slots_per_transfer=rng.choice((1, 2, 4)),
