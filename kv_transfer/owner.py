@@ -104,10 +104,9 @@ class TransferOwner:
     def wait_s(self, now_s: float) -> float | None:
         if self._is_tick_deferred:
             return 0.0
-        snapshot = self.snapshot()
-        if self._is_active(snapshot):
+        if self._is_active():
             return max(0.0, self._tick_due_s - now_s)
-        return _IDLE_TICK_S if snapshot.num_outgoing_links else None
+        return _IDLE_TICK_S if self._sender.num_links else None
 
     def end(self) -> None:
         self._error = self._error or TransferFailed(_CLOSED)
@@ -230,8 +229,9 @@ class TransferOwner:
         self._sender.tick(now_s)
         self._receiver.tick(now_s)
 
-    def _is_active(self, snapshot: TransferSnapshot) -> bool:
-        if snapshot.num_pushes or snapshot.num_receives or snapshot.num_pending_offers:
+    def _is_active(self) -> bool:
+        sender, receiver = self._sender, self._receiver
+        if sender.num_transfers or receiver.num_transfers or receiver.num_pending_offers:
             return True
-        slots = (snapshot.send_slots, snapshot.receive_slots)
-        return any(counts.held or counts.quarantined for counts in slots) or self._receiver.num_greeting > 0
+        slots = (sender.slots, receiver.slots)
+        return any(counts.held or counts.quarantined for counts in slots) or receiver.num_greeting > 0

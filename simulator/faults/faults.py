@@ -13,7 +13,7 @@ from kvrelay.simulator.faults.network import End
 from kvrelay.simulator.faults.node_process import SimNode
 from kvrelay.simulator.faults.process import Process
 from kvrelay.simulator.faults.router_process import SimRouter
-from kvrelay.simulator.faults.scenario import FAULTS_END_S
+from kvrelay.simulator.faults.scenario import FAULTS_END_S, draw_node
 
 
 class FaultInjector:
@@ -120,8 +120,12 @@ class FaultInjector:
         self._world.after(self._length_s() + 0.01, lambda: self._restart(owner))
 
     def _restart(self, owner: SimNode | SimRouter) -> None:
-        if not owner.process.is_alive:
-            owner.start()
+        """Now and then it comes back as another one under the same name."""
+        if owner.process.is_alive:
+            return
+        if isinstance(owner, SimNode) and self._world.rng.random() < 0.3:
+            owner.config = draw_node(self._world.rng, owner.config)
+        owner.start()
 
     def _pause(self) -> None:
         process = self._world.rng.choice(self._cluster.processes)

@@ -41,6 +41,7 @@ class End:
         self._is_arriving = False
         self._is_held = False
         self._num_parked = 0
+        self._waits_for_window = False
 
     @property
     def is_living(self) -> bool:
@@ -51,7 +52,9 @@ class End:
     def has_window(self) -> bool:
         """Whether the peer is not too far behind."""
         peer = self.peer
-        return len(peer._coming) + peer._num_parked < WINDOW
+        has_window = len(peer._coming) + peer._num_parked < WINDOW
+        self._waits_for_window = not has_window
+        return has_window
 
     def send(self, message: Any) -> None:
         """Nothing happens on a closed end."""
@@ -141,7 +144,7 @@ class End:
             self._network.forget(self)
             self.on_lost("the stream broke")
             return
-        if self.peer.on_window is not None and self.peer.is_living:
+        if self.peer._waits_for_window and self.peer.is_living:
             self.peer.process.deliver(self.peer._tell_window)
         self.on_message(message)
 

@@ -141,6 +141,11 @@ def _node(rng: Random, name: str, routers: tuple[str, ...], host_tier_share: flo
     )
 
 
+def draw_node(rng: Random, earlier: NodeConfig) -> NodeConfig:
+    """A node of the same name and role with other limits."""
+    return _node(rng, earlier.node_id, earlier.routers, 0.0)
+
+
 def _transfer(rng: Random, name: str) -> KVTransferConfig:
     return KVTransferConfig(
         transport="memory",

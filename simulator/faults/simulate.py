@@ -96,6 +96,10 @@ def _count(cluster: Cluster) -> dict[str, int]:
             counts["refused attempts"] += counters.num_attempts_refused
             counts["overdue releases"] += counters.num_overdue_releases
             counts["kv gaps"] += counters.num_kv_gaps
+    for node in cluster.nodes:
+        if node.process.life:
+            counts["preemptions"] += node.worker.engine.load().num_preemptions
+            counts["host tier hits"] += node.worker.engine.load().host_hit_tokens > 0
     for request in cluster.requests:
         counts["client continuations"] += request.progress.num_continuations
         counts["client retries"] += request.progress.num_retries
