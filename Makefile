@@ -13,7 +13,8 @@ FUZZ_STAMP := $(FUZZ_VENV)/.installed
 NODE_TESTS := tests/openai_proxy/node
 NODE_STAMP := $(NODE_TESTS)/node_modules/.installed
 
-.PHONY: help setup demo up test lint types imports proto proto-check unit test-node test-fuzz test-load test-gpu sanitize-gpu bench clean
+.PHONY: help setup demo up test lint types imports proto proto-check unit simulate-faults test-node test-fuzz test-load \
+	test-gpu sanitize-gpu bench clean
 .DEFAULT_GOAL := help
 
 help: ## This text
@@ -59,6 +60,12 @@ proto-check: $(STAMP) ## The generated code is the one that the .proto files giv
 
 unit: $(STAMP) ## pytest
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS)
+
+SEEDS ?= 1000
+FIRST_SEED ?= 0
+
+simulate-faults: $(STAMP) ## SEEDS runs of a whole cluster in which everything breaks; SEEDS=1 FIRST_SEED=N plays seed N again
+	@$(BIN)/python -m kvrelay.simulator.faults --seeds $(SEEDS) --first-seed $(FIRST_SEED)
 
 test-fuzz: $(STAMP) $(FUZZ_STAMP) ## Ask a cluster what its OpenAPI document allows and forbids: no answer may be a 5xx
 	$(BIN)/python -m tests.openai_proxy.fuzz.run $(FUZZ_VENV)/bin/schemathesis

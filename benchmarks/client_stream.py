@@ -153,8 +153,18 @@ async def measure(
         return PreparedCall(GenerateCall(ask.request_id, "bench", request), text)
 
     routers = FakeRouters(call)
+
+    async def cancel_leftover(_address: str, _request_id: str) -> None:
+        return
+
     parts = GenerationParts(
-        cast("Any", routers), ClientConfig(), Random(1), InFlight(args.streams), time.monotonic, prepare
+        cast("Any", routers),
+        ClientConfig(),
+        Random(1),
+        InFlight(args.streams),
+        time.monotonic,
+        prepare,
+        cancel_leftover,
     )
     ask = GenerationAsk(request.token_ids, sampling=sampling)
     await asyncio.gather(*(read_all(parts, ask, args.steps) for _ in range(args.streams)))

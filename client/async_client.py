@@ -76,7 +76,15 @@ class AsyncClient:
             config.max_tokenizing_threads, max_waiting=config.max_requests_in_flight
         )
         in_flight = InFlight(config.max_requests_in_flight)
-        self._parts = GenerationParts(self._routers, config, rng, in_flight, time.monotonic, self._prepare)
+        self._parts = GenerationParts(
+            self._routers,
+            config,
+            rng,
+            in_flight,
+            time.monotonic,
+            self._prepare,
+            self._named.cancel_leftover,
+        )
 
     async def __aenter__(self) -> Self:
         return self

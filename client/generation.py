@@ -24,14 +24,21 @@ from kvrelay.client.results import GenerationChunk, GenerationResult
 from kvrelay.client.router_set import RouterSet
 from kvrelay.client.session import Session
 from kvrelay.core.client_types import CallFinished
-from kvrelay.core.errors import DeadlineExceeded, KVRelayError, RequestCancelled, RouterUnavailable
+from kvrelay.core.errors import (
+    DeadlineExceeded,
+    DuplicateRequest,
+    KVRelayError,
+    RequestCancelled,
+    RouterUnavailable,
+)
 from kvrelay.core.request import FinishReason
 from kvrelay.core.request_report import RequestReport
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationParts:
-    """What a generation needs of its client. `now_s` is a monotonic clock."""
+    """What a generation needs of its client. `now_s` is a monotonic clock; `cancel_leftover` has the router
+    at an address let go of a request by its id."""
 
     routers: RouterSet
     config: ClientConfig
@@ -39,6 +46,7 @@ class GenerationParts:
     in_flight: InFlight
     now_s: Callable[[], float]
     prepare: Callable[[GenerationAsk], Awaitable[PreparedCall]]
+    cancel_leftover: Callable[[str, str], Awaitable[None]]
 
 
 TakeChunk = Callable[[GenerationChunk], Awaitable[None] | None]
@@ -208,6 +216,8 @@ class Generation:
             self._parts.now_s(),
             may_switch=failure.lost_router and len(self._parts.routers.addresses) > 1,
         )
+        if isinstance(failure.error, DuplicateRequest):
+            await self._parts.cancel_leftover(self._router, progress.call.request_id)
         await asyncio.sleep(pause_s)
 
     # ---- answers --------------------------------------------------------------------------------

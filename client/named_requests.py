@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 
 from kvrelay.client.config import ClientConfig
 from kvrelay.client.router_link import RouterLink
@@ -31,6 +32,16 @@ class NamedRequests:
         outcomes = await self._routers.call_each(cancel_at)
         if None not in outcomes.values():
             raise _why_none(outcomes)
+
+    async def cancel_leftover(self, address: str, request_id: str) -> None:
+        """Have one router let go of an attempt whose session was lost, which it may not have noticed yet.
+        What came of that, the next attempt will show."""
+
+        async def cancel_at(link: RouterLink) -> None:
+            await link.stub.Cancel(encode_cancel(request_id), timeout=self._config.call_timeout_s)
+
+        with suppress(KVRelayError):
+            await self._routers.call_at(address, cancel_at)
 
     async def explain(self, request_id: str) -> Explanation:
         """See `AsyncClient.explain`."""

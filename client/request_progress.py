@@ -104,8 +104,10 @@ class RequestProgress:
             KVRelayError: `error` itself, if it is not to be repeated, too often already, or too late.
         """
         self.num_failures_in_row += 1
-        may_retry = error.retryable or (isinstance(error, DuplicateRequest) and self.num_attempts > 1)
-        if not may_retry or self.num_failures_in_row > config.max_retries:
+        if isinstance(error, DuplicateRequest) and self.num_attempts > 1:
+            # Not the caller's fault: the session was lost, and its router has not noticed yet.
+            error = RouterUnavailable(f"the router still has an earlier attempt: {error.message}")
+        if not error.retryable or self.num_failures_in_row > config.max_retries:
             raise error
         if self.token_ids and self.num_continuations >= config.max_continuations:
             raise error

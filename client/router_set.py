@@ -97,6 +97,16 @@ class RouterSet:
         outcomes = await asyncio.gather(*(one(address) for address in self.addresses))
         return dict(zip(self.addresses, outcomes, strict=True))
 
+    async def call_at(self, address: str, rpc: Callable[[RouterLink], Awaitable[T]]) -> T:
+        """One try on the router at that address.
+
+        Raises:
+            KVRelayError: as `call_on`; RouterUnavailable: it does not answer.
+        """
+        link = self._links[address]
+        await link.connect()
+        return await self.call_on(link, rpc)
+
     async def call_on(self, link: RouterLink, rpc: Callable[[RouterLink], Awaitable[T]]) -> T:
         """One try on one router.
 

@@ -156,6 +156,14 @@ class BlockPool:
         by_key = [{block_key(name): is_held for name, is_held in of_tier.items()} for of_tier in changed]
         return changes_from(by_key[0], by_key[1] if len(by_key) > 1 else {})
 
+    def num_references(self, block: BlockId) -> int:
+        """How often this block is held."""
+        return self._num_references[block]
+
+    def is_registered(self, block: BlockId) -> bool:
+        """Whether its content is final and known under a hash, so that several sequences may share it."""
+        return self._hash_of_block[block] is not None
+
     def check(self) -> None:
         """Assert every invariant; O(num_blocks), for tests."""
         assert self._num_empty == sum(self._empty_map)

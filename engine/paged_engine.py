@@ -7,7 +7,7 @@ simulated one differ in their `Executor` alone.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
 from kvrelay.core.kv import KVStore
@@ -233,6 +233,10 @@ class PagedEngine:
 
     def close(self) -> None:
         return
+
+    def live_sequences(self) -> Collection[LiveSequence]:
+        """All that have not ended."""
+        return self._scheduler.live_sequences()
 
     def check(self) -> None:
         """Assert every invariant of scheduler and block pool; for tests."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from operator import attrgetter
 
 from kvrelay.core.block_hash import root_hash
@@ -70,6 +70,10 @@ class Scheduler:
 
     def is_live(self, sequence: LiveSequence) -> bool:
         return self._live.get(sequence.key) is sequence
+
+    def live_sequences(self) -> Collection[LiveSequence]:
+        """All that have not ended."""
+        return self._live.values()
 
     def submit(self, request: TokenRequest, key: SequenceKey, purpose: Purpose) -> None:
         """Queue a sequence.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from kvrelay.core.ids import BlockId
@@ -131,8 +132,15 @@ class SequenceBlocks:
         """Assert every invariant; for tests. `others` are held for no sequence."""
         self.pool.check()
         assert all(sequence.block_table for sequence in self._put_off), "put off, and freed"
-        held = {block for sequence in live for block in sequence.block_table} | set(others)
-        held |= {block for _, block_table in self._late_blocks for block in block_table}
+        live = list(live)
+        held = Counter(block for sequence in live for block in sequence.block_table)
+        held.update(block for _, block_table in self._late_blocks for block in block_table)
+        held.update(others)
+        for block, num_holders in held.items():
+            assert self.pool.num_references(block) == num_holders, (
+                f"block {block} is held {num_holders} times"
+            )
+            assert num_holders == 1 or self.pool.is_registered(block), f"block {block} is two sequences' own"
         assert all(step > self._num_landed for step, _ in self._late_blocks), "no step computes them any more"
         assert len(held) == self.pool.num_held, "a block is held that no live sequence names"
 

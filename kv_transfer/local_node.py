@@ -11,12 +11,14 @@ from kvrelay.core.kv import KVFingerprint, KVLayout, KVStore, StagingMemory
 from kvrelay.kv_transfer.config import KVTransferConfig, StagingSlots
 from kvrelay.kv_transfer.interface import TransferEvent
 from kvrelay.kv_transfer.messages import PROTOCOL_VERSION, Hello
+from kvrelay.kv_transfer.sockets import Sockets
 from kvrelay.kv_transfer.transport import KVTransport, Watcher
 
 
 @dataclass(frozen=True, slots=True)
 class LocalNode:
-    """Both directions of one service share it. `emit` reports a transfer's end; `clock` gives seconds.
+    """Both directions of one service share it. `emit` reports a transfer's end; `clock` gives seconds;
+    `sockets` makes control connections.
 
     `incarnation` is drawn when the service starts: the same node with another one has restarted.
     """
@@ -28,6 +30,7 @@ class LocalNode:
     config: KVTransferConfig
     slots: StagingSlots
     watcher: Watcher
+    sockets: Sockets
     clock: Callable[[], float]
     emit: Callable[[TransferEvent], None]
 

@@ -28,7 +28,6 @@ from kvrelay.kv_transfer.push_events import (
     PushEvent,
     RemoteSlotsGranted,
 )
-from kvrelay.kv_transfer.tcp_streams import dial
 from kvrelay.kv_transfer.transport import KVTransport
 
 
@@ -70,7 +69,7 @@ class OutgoingLink:
         self._host = host
         self._peer: Hello | None = None
         self.connection = Connection(
-            dial(host, port),
+            node.sockets.dial(host, port),
             node.watcher,
             node.clock,
             on_frame=self._on_frame,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 from typing import Final
 
-from kvrelay.core.errors import ConfigError, KVRelayError, Overloaded, TransferFailed
+from kvrelay.core.errors import KVRelayError, Overloaded, TransferFailed
 from kvrelay.core.ids import BlockId, TransferId
 from kvrelay.core.kv import DeviceKind, StagingMemory
 from kvrelay.kv_transfer.choose_transport import ChosenTransport, choose_transport
@@ -58,7 +57,7 @@ class TransferOwner:
         node, config = self._node, self._config
         send_staging = self._allocate(node.slots.num_send_slots)
         receive_staging = self._allocate(node.slots.num_receive_slots)
-        self._listener = _listen(config.listen_host, config.listen_port)
+        self._listener = node.sockets.listen(config.listen_host, config.listen_port)
         try:
             chosen = self._choose(send_staging, receive_staging)
         except BaseException:
@@ -105,10 +104,9 @@ class TransferOwner:
     def wait_s(self, now_s: float) -> float | None:
         if self._is_tick_deferred:
             return 0.0
-        snapshot = self.snapshot()
-        if self._is_active(snapshot):
+        if self._is_active():
             return max(0.0, self._tick_due_s - now_s)
-        return _IDLE_TICK_S if snapshot.num_outgoing_links else None
+        return _IDLE_TICK_S if self._sender.num_links else None
 
     def end(self) -> None:
         self._error = self._error or TransferFailed(_CLOSED)
@@ -133,6 +131,10 @@ class TransferOwner:
             send_slots=self._sender.slots,
             receive_slots=self._receiver.slots,
         )
+
+    def holder_of(self, receive_offset: int) -> TransferId | None:
+        """Which transfer holds that part of the receive staging, in quarantine too; for tests."""
+        return self._receiver.holder_of(receive_offset)
 
     def link_bytes_per_s(self) -> dict[str, float]:
         return self._sender.link_bytes_per_s
@@ -231,18 +233,9 @@ class TransferOwner:
         self._sender.tick(now_s)
         self._receiver.tick(now_s)
 
-    def _is_active(self, snapshot: TransferSnapshot) -> bool:
-        if snapshot.num_pushes or snapshot.num_receives or snapshot.num_pending_offers:
+    def _is_active(self) -> bool:
+        sender, receiver = self._sender, self._receiver
+        if sender.num_transfers or receiver.num_transfers or receiver.num_pending_offers:
             return True
-        slots = (snapshot.send_slots, snapshot.receive_slots)
-        return any(counts.held or counts.quarantined for counts in slots) or self._receiver.num_greeting > 0
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        listener = socket.create_server((host, port), family=family, backlog=128)
-    except OSError as error:
-        raise ConfigError(f"can't listen on {host}:{port} for KV transfer: {error}") from error
-    listener.setblocking(False)
-    return listener
+        slots = (sender.slots, receiver.slots)
+        return any(counts.held or counts.quarantined for counts in slots) or receiver.num_greeting > 0

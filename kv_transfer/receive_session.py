@@ -24,6 +24,7 @@ from kvrelay.core.errors import (
     TransferTimeout,
 )
 from kvrelay.core.kv import KVFingerprint, KVLayout
+from kvrelay.kv_transfer.config import MAX_SLOTS
 from kvrelay.kv_transfer.interface import ExpectedTransfer
 from kvrelay.kv_transfer.kv_range import Coverage, KVRange
 from kvrelay.kv_transfer.messages import Abort, Ack, Chunk, Grant, Offer, SlotsGranted
@@ -85,6 +86,7 @@ class ReceiveSession:
         self._num_tokens = expected.num_tokens
         self._coverage = Coverage(layout.num_layers, expected.first_token, expected.num_tokens)
         self._slots: set[int] = set()
+        self._num_wanted = 0
         self._num_queued = 0
         self._num_scattering = 0
         self._output_token_id = 0
@@ -106,7 +108,7 @@ class ReceiveSession:
             case OfferMatched():
                 return self._on_offer(event, now_s)
             case SlotsWanted():
-                return self._request_slots(event.num_slots)
+                return self._want(event.num_slots)
             case SlotsAssigned():
                 return self._on_assigned(event)
             case SlotsGivenBack():
@@ -135,7 +137,7 @@ class ReceiveSession:
         self._started_s = now_s
         self._check_offer(event.offer, event.peer_fingerprint)
         grant = SendToSender(Grant(self.expected.transfer_id, self.expected.first_token))
-        return [grant, *self._request_slots(event.offer.num_slots)]
+        return [grant, *self._want(event.offer.num_slots)]
 
     def _check_offer(self, offer: Offer, peer_fingerprint: KVFingerprint) -> None:
         if difference := self._fingerprint.difference(peer_fingerprint):
@@ -166,23 +168,30 @@ class ReceiveSession:
         self._coverage = Coverage(self._layout.num_layers, expected.first_token, num_tokens)
         return expected.or_fewer.digest(num_tokens)
 
-    def _request_slots(self, num_slots: int) -> list[ReceiveEffect]:
-        if num_slots > self._window - self._num_queued - len(self._slots):
-            raise TransferCorrupt(
-                f"the sender wants {num_slots} more slots, one transfer may have {self._window}"
-            )
+    def _want(self, num_slots: int) -> list[ReceiveEffect]:
+        self._num_wanted += num_slots
+        if self._num_wanted > MAX_SLOTS:
+            raise TransferCorrupt(f"the sender wants {self._num_wanted} slots, no sender has {MAX_SLOTS}")
+        return self._request_slots()
+
+    def _request_slots(self) -> list[ReceiveEffect]:
+        """As many of those wanted as one transfer may have: the sender's window may be the larger one."""
+        num_slots = min(self._num_wanted, self._window - len(self._slots)) - self._num_queued
+        if num_slots <= 0:
+            return []
         self._num_queued += num_slots
-        return [RequestSlots(num_slots)] if num_slots else []
+        return [RequestSlots(num_slots)]
 
     def _on_assigned(self, event: SlotsAssigned) -> list[ReceiveEffect]:
         self._num_queued -= len(event.slots)
+        self._num_wanted -= len(event.slots)
         self._slots.update(event.slots)
         return [SendToSender(SlotsGranted(self.expected.transfer_id, event.slots))]
 
     def _on_given_back(self, event: SlotsGivenBack) -> list[ReceiveEffect]:
         self._require_held(event.slots)
         self._slots.difference_update(event.slots)
-        return [FreeSlots(event.slots)]
+        return [FreeSlots(event.slots), *self._request_slots()]
 
     def _on_chunk(self, chunk: Chunk) -> list[ReceiveEffect]:
         if chunk.sequence_number != self._num_messages:
@@ -200,7 +209,8 @@ class ReceiveSession:
         self._num_bytes += num_bytes
         self._num_scattering += 1
         checksum = chunk.checksum if chunk.checked else None
-        return [ScatterMessage(chunk.slot, self.expected.block_table, part, num_bytes, checksum)]
+        scatter = ScatterMessage(chunk.slot, self.expected.block_table, part, num_bytes, checksum)
+        return [scatter, *self._request_slots()]
 
     def _on_finish(self, event: FinishArrived, now_s: float) -> list[ReceiveEffect]:
         finish = event.finish

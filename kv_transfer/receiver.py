@@ -114,6 +114,10 @@ class Receiver:
         link = self._link_of.get(holder)
         return link.link_id == link_id if link else self._draining.link_of(holder) == link_id
 
+    def holder_of(self, offset: int) -> TransferId | None:
+        """Which transfer holds the slot there, in quarantine too."""
+        return self._pool.holder_of(offset // self._slot_bytes)
+
     def accept(self, sock: socket.socket, link_id: int) -> None:
         """Take a new connection, or close it when there are too many."""
         if len(self._links) >= self._config.max_links:

@@ -28,6 +28,7 @@ from kvrelay.kv_transfer.kv_range import KVRange
 from kvrelay.kv_transfer.local_node import LocalNode
 from kvrelay.kv_transfer.owner import TransferOwner, TransferSnapshot
 from kvrelay.kv_transfer.reactor import Reactor
+from kvrelay.kv_transfer.sockets import HostSockets
 from kvrelay.kv_transfer.transport import TransportFactory
 
 _log = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ class KVTransferService:
             config=config,
             slots=slots,
             watcher=self._reactor,
+            sockets=HostSockets(),
             clock=time.monotonic,
             emit=self._emit,
         )

@@ -16,41 +16,17 @@ from queue import Empty, SimpleQueue
 from typing import Final
 
 from kvrelay.core.clock import Clock
-from kvrelay.core.errors import KVRelayError
-from kvrelay.core.ids import TransferId
 from kvrelay.core.kv_events import KVChanges
-from kvrelay.engine.interface import Engine, EngineLoad, KVReady, SequenceKey
-from kvrelay.node.events import (
-    EngineCommand,
-    EngineDied,
-    EngineEvent,
-    KeepPrefix,
-    PinPrefix,
-    PrefillStarted,
-    PrefixHeld,
-    PrefixKept,
-    ReleaseSequence,
-    ReservePrefix,
-    ReserveSequence,
-    SequenceRefused,
-    SequenceReleased,
-    SequenceReserved,
-    StartDecode,
-    StepFinished,
-    SubmitPrefill,
-)
+from kvrelay.engine.interface import Engine, EngineLoad
+from kvrelay.node.engine_turns import Deliver, EngineTurns, PushReady
+from kvrelay.node.events import EngineCommand, EngineDied, EngineEvent
 
 logger = logging.getLogger(__name__)
 
-LOAD_INTERVAL_S: Final = 0.05
-"""A busy engine's load is read no more often than this."""
 STALLED_WAIT_S: Final = 0.005
 """How long to wait for a command when a step computed nothing."""
 COMMANDS_PER_ATTEMPT: Final = 5
 """Most of all has a prefill that pulls: reserve, keep, submit, and two releases."""
-
-PushReady = Callable[[TransferId, KVReady], None]
-Deliver = Callable[[Sequence[EngineEvent], EngineLoad | None, KVChanges | None], None]
 
 
 class _Stop:
@@ -58,8 +34,8 @@ class _Stop:
 
 
 class EngineThread:
-    """Runs an engine. `deliver` is called on the event loop, with what happened, the load where it was read,
-    and what has changed in the prefix cache; `push_ready` is called in the engine's thread.
+    """Runs an engine's turns. `deliver` is called on the event loop, with what happened, the load where it
+    was read, and what has changed in the prefix cache; `push_ready` is called in the engine's thread.
 
     `prepared` is set once the thread is ready for its first step, or has failed.
 
@@ -70,15 +46,10 @@ class EngineThread:
     def __init__(
         self, engine: Engine, clock: Clock, *, deliver: Deliver, push_ready: PushReady, max_attempts: int
     ) -> None:
-        self._engine = engine
-        self._clock = clock
+        self._turns = EngineTurns(engine, clock, post=self._post, push_ready=push_ready)
         self._deliver = deliver
-        self._push_ready = push_ready
         self._max_commands = COMMANDS_PER_ATTEMPT * max_attempts
         self._commands: SimpleQueue[EngineCommand | _Stop] = SimpleQueue()
-        self._transfer_ids: dict[SequenceKey, TransferId] = {}
-        self._load_read_s = float("-inf")
-        self._is_stalled = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self.prepared = asyncio.Event()
@@ -86,7 +57,6 @@ class EngineThread:
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begin to serve commands; outcomes are delivered on `loop`."""
         self._loop = loop
-        self._engine.set_kv_ready_listener(self._on_kv_ready)
         self._thread.start()
 
     def send(self, command: EngineCommand) -> None:
@@ -105,105 +75,34 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
-            self._engine.prepare_thread()
-            if (held := self._engine.take_kv_changes()) is not None:  # from now on changes are noted
-                self._post([], None, held)
+            self._turns.prepare()
             self._call_soon(self.prepared.set)
-            while self._turn():
-                pass
+            while (commands := self._take_commands()) is not None:
+                self._turns.turn(commands)
         except Exception as error:  # the engine's outermost loop: a fault of the engine itself
             logger.exception("engine failed")
             self._post([EngineDied(f"the engine raised {type(error).__name__}: {error}")], None, None)
             self._call_soon(self.prepared.set)
 
-    def _turn(self) -> bool:
-        """Take the commands that wait, compute a step or a part of it; False when told to stop."""
-        events: list[EngineEvent] = []
-        for command in self._take_commands():
-            if isinstance(command, _Stop):
-                return False
-            self._apply(command, events)
-        has_work = self._engine.has_work()
-        if events or not has_work:
-            self._post(events, self._read_load(is_idle=not has_work), self._engine.take_kv_changes())
-        if has_work:
-            self._step()
-        return True
-
-    def _take_commands(self) -> list[EngineCommand | _Stop]:
-        """What waits now; blocks for the first if the engine has nothing to compute."""
+    def _take_commands(self) -> list[EngineCommand] | None:
+        """What waits now; blocks for the first if the engine has nothing to compute. None: told to stop."""
         taken: list[EngineCommand | _Stop] = []
-        if not self._engine.has_work():
+        if not self._turns.has_work():
             taken.append(self._commands.get())
-        elif self._is_stalled:
+        elif self._turns.is_stalled:
             with suppress(Empty):
                 taken.append(self._commands.get(timeout=STALLED_WAIT_S))
         while not self._commands.empty():
             taken.append(self._commands.get_nowait())
-        return taken
+        commands = [command for command in taken if not isinstance(command, _Stop)]
+        return commands if len(commands) == len(taken) else None
 
-    def _step(self) -> None:
-        began_s = self._clock.now_s()
-        step = self._engine.step()
-        num_computed = step.num_prefill_tokens + step.num_decode_tokens
-        self._is_stalled = not (step.outputs or step.failures or num_computed or step.is_partial)
-        events: list[EngineEvent] = [
-            PrefillStarted(started.key, began_s, started.num_cached_tokens) for started in step.started
-        ]
-        if step.outputs or step.failures:
-            events.append(StepFinished(step))
-        load = self._read_load(is_idle=not self._engine.has_work())
-        kv_changes = self._engine.take_kv_changes()
-        if events or load is not None or kv_changes is not None:
-            self._post(events, load, kv_changes)
-
-    def _read_load(self, *, is_idle: bool) -> EngineLoad | None:
-        now_s = self._clock.now_s()
-        if not is_idle and now_s - self._load_read_s < LOAD_INTERVAL_S:
-            return None
-        self._load_read_s = now_s
-        return self._engine.load()
-
-    def _post(self, events: list[EngineEvent], load: EngineLoad | None, kv_changes: KVChanges | None) -> None:
+    def _post(
+        self, events: Sequence[EngineEvent], load: EngineLoad | None, kv_changes: KVChanges | None
+    ) -> None:
         self._call_soon(self._deliver, events, load, kv_changes)
 
     def _call_soon(self, function: Callable[..., None], *arguments: object) -> None:
         assert self._loop is not None
         with suppress(RuntimeError):  # the loop has closed: the process could not wait for this step
             self._loop.call_soon_threadsafe(function, *arguments)
-
-    def _apply(self, command: EngineCommand, events: list[EngineEvent]) -> None:
-        match command:
-            case ReleaseSequence(key):
-                self._engine.release(key)
-                self._transfer_ids.pop(key, None)
-                events.append(SequenceReleased(key))
-            case StartDecode(key, first_token_id):
-                self._engine.start_decode(key, first_token_id)
-            case KeepPrefix(key, num_tokens):
-                events.append(PrefixKept(key, self._engine.keep_prefix(key, num_tokens)))
-            case _:
-                try:
-                    self._admit(command, events)
-                except KVRelayError as error:
-                    self._transfer_ids.pop(command.key, None)
-                    events.append(SequenceRefused(command.key, error))
-
-    def _admit(
-        self, command: ReserveSequence | SubmitPrefill | PinPrefix | ReservePrefix, events: list[EngineEvent]
-    ) -> None:
-        match command:
-            case ReserveSequence(key, request):
-                events.append(SequenceReserved(self._engine.reserve(request, key)))
-            case SubmitPrefill(key, request, transfer_id):
-                self._transfer_ids[key] = transfer_id
-                self._engine.submit_prefill(request, key)
-            case PinPrefix(key, prefix):
-                events.append(PrefixHeld(self._engine.pin_prefix(prefix, key)))
-            case ReservePrefix(key, prefix):
-                events.append(PrefixHeld(self._engine.reserve_prefix(prefix, key)))
-
-    def _on_kv_ready(self, ready: KVReady) -> None:
-        transfer_id = self._transfer_ids.get(ready.key)
-        if transfer_id is not None:
-            self._push_ready(transfer_id, ready)

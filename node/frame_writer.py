@@ -12,8 +12,7 @@ from kvrelay.core.tokenizer_chunk import split_tokenizer
 from kvrelay.node.attach_stream import AttachStream
 from kvrelay.node.events import TokenColumns
 from kvrelay.node.kv_feed import KVCursor
-from kvrelay.node.load_pacer import LoadPacer
-from kvrelay.node.outbox import Outbox
+from kvrelay.node.next_frame import NextFrame
 
 
 class FrameWriter:
@@ -37,16 +36,17 @@ class FrameWriter:
     ) -> None:
         self._stream = stream
         self._heartbeat_s = welcome.heartbeat_s
-        self._read_load = read_load
-        self._clock = clock
         self._tokenizer = tokenizer
-        self._kv = kv
-        self._outbox = Outbox(max_pending_tokens)
-        self._pacer = LoadPacer(load_interval_s)
+        self._next = NextFrame(
+            read_load,
+            clock,
+            max_pending_tokens=max_pending_tokens,
+            load_interval_s=load_interval_s,
+            kv=kv,
+        )
         self._load_ride_s = load_interval_s / 2
         self._wake = asyncio.Event()
         self._load_timer: asyncio.TimerHandle | None = None
-        self._is_load_due = True
         self._is_finishing = False
 
     def send(self, tokens: TokenColumns | None, reports: tuple[Report, ...]) -> None:
@@ -55,14 +55,14 @@ class FrameWriter:
         Raises:
             Overloaded: the router reads too slowly.
         """
-        self._outbox.add(tokens, reports)
+        self._next.add(tokens, reports)
         self._wake.set()
 
     def load_changed(self) -> None:
         """Tell the load as soon as it may be told again: with the next frame, or by itself if none comes
         within half a load interval."""
-        if self._load_timer is None and not self._is_load_due:
-            delay_s = self._pacer.due_in_s(self._clock.now_s())
+        if self._load_timer is None and not self._next.is_load_due:
+            delay_s = self._next.load_due_in_s()
             self._load_timer = asyncio.get_running_loop().call_later(delay_s, self._on_load_due)
 
     def kv_changed(self) -> None:
@@ -71,7 +71,7 @@ class FrameWriter:
 
     def send_kv_snapshot(self) -> None:
         """Tell all that the node's prefix cache holds."""
-        self._kv.restart()
+        self._next.restart_kv()
         self._wake.set()
 
     def finish(self) -> None:
@@ -89,7 +89,7 @@ class FrameWriter:
             self._load_timer = None
 
     def _on_load_due(self) -> None:
-        self._is_load_due = True
+        self._next.is_load_due = True
         self._load_timer = asyncio.get_running_loop().call_later(self._load_ride_s, self._on_no_ride)
 
     def _on_no_ride(self) -> None:
@@ -111,13 +111,13 @@ class FrameWriter:
             frame = self._next_frame(is_heartbeat)
             if frame is not None:
                 await self._stream.write(encode_node_frame(frame, encode_tokens))
-            if self._is_finishing and self._outbox.is_empty:
+            if self._is_finishing and self._next.is_outbox_empty:
                 await self._stream.done_writing()
                 return
 
     async def _woken(self) -> bool:
         """False if there was nothing to tell for a whole heartbeat."""
-        if self._kv.has_more:
+        if self._next.has_more_kv:
             return True
         try:
             async with asyncio.timeout(self._heartbeat_s):
@@ -128,14 +128,6 @@ class FrameWriter:
         return True
 
     def _next_frame(self, is_heartbeat: bool) -> NodeFrame | None:
-        load: NodeLoad | None = None
-        if is_heartbeat or self._is_load_due:
-            load = self._pacer.take(self._read_load(), self._clock.now_s(), is_heartbeat=is_heartbeat)
-            self._is_load_due = False
+        if is_heartbeat or self._next.is_load_due:
             self._forget_load_timer()
-        kv = self._kv.take()
-        if self._outbox.is_empty and load is None and kv is None and not is_heartbeat:
-            return None
-        if kv is None and (load is not None or is_heartbeat):
-            kv = self._kv.proof()
-        return self._outbox.take(load, kv)
+        return self._next.take(is_heartbeat=is_heartbeat)

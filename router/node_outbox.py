@@ -42,14 +42,21 @@ class NodeOutbox:
 
     async def take(self) -> RouterFrame | None:
         """The next frame, once there is something to say; None after `close`."""
-        while not self._is_closed and not self._commands and not self._is_heartbeat_due:
+        while not self._is_closed and not self.has_news:
             self._waiter = asyncio.get_running_loop().create_future()
             try:
                 await self._waiter
             finally:
                 self._waiter = None
-        if self._is_closed:
-            return None
+        return None if self._is_closed else self.take_now()
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there is something to say."""
+        return bool(self._commands) or self._is_heartbeat_due
+
+    def take_now(self) -> RouterFrame:
+        """The next frame, be it empty."""
         self._is_heartbeat_due = False
         return RouterFrame(tuple(self._take_commands()))
 

@@ -76,10 +76,7 @@ class SessionOutbox:
         self._taken.set()
 
     async def take(self) -> SessionUpdate | None:
-        """All that waits, once there is something; None after `close`.
-
-        Tokens of a single delivery come in its own columns: rows that are delivered again are told by that.
-        """
+        """All that waits, once there is something; None after `close`."""
         while not self._has_news:
             if self._is_closed:
                 return None
@@ -88,6 +85,18 @@ class SessionOutbox:
                 await self._waiter
             finally:
                 self._waiter = None
+        return self.take_now()
+
+    @property
+    def has_news(self) -> bool:
+        """Whether anything waits."""
+        return self._has_news
+
+    def take_now(self) -> SessionUpdate:
+        """All that waits, be it nothing.
+
+        Tokens of a single delivery come in its own columns: rows that are delivered again are told by that.
+        """
         update, self._next = self._next, SessionUpdate()
         _add_tokens(update, self._take_tokens())
         self._has_news = False

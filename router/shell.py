@@ -322,7 +322,6 @@ class RouterShell:
             attachment.end(Overloaded(f"the node does not read: {limit} commands wait for it"))
 
     def _deliver_finished(self, effect: DeliverFinished) -> None:
-        session = self.sessions.end_request(effect.session, effect.stream_id)
         report = effect.report
         self.metrics.count_finished(effect.finish_reason.value, report)
         logger.info(
@@ -337,6 +336,7 @@ class RouterShell:
             report.decode_node,
             report.num_attempts,
         )
+        session = self._end_stream(effect)
         if session is not None:
             session.outbox.put_finished(effect.stream_id, CallFinished(effect.finish_reason, report))
 
@@ -345,7 +345,13 @@ class RouterShell:
         logger.info(
             "request=%s failed code=%s error=%r", effect.request_id, effect.error.code, effect.error.message
         )
-        session = self.sessions.by_id.get(effect.session)
-        if session is not None and session.streams.get(effect.stream_id) == effect.request_id:
-            self.sessions.end_request(effect.session, effect.stream_id)
+        session = self._end_stream(effect)
+        if session is not None:
             session.outbox.put_failed(effect.stream_id, effect.error)
+
+    def _end_stream(self, effect: DeliverFinished | DeliverFailed) -> ClientSession | None:
+        """The session that is to hear of a request's end; None: its stream has been given another end."""
+        session = self.sessions.by_id.get(effect.session)
+        if session is None or session.streams.get(effect.stream_id) != effect.request_id:
+            return None
+        return self.sessions.end_request(effect.session, effect.stream_id)

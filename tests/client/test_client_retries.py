@@ -89,6 +89,17 @@ async def test_a_duplicate_left_by_our_own_lost_attempt_is_waited_out(
     assert result.token_ids == answer([1], 2)
 
 
+async def test_what_a_lost_session_left_at_its_router_is_cancelled_there(
+    client: AsyncClient, router: Any, answer: Any
+) -> None:
+    """Seed 1071 of the fault simulation: else the id stays taken until the router notices the loss."""
+    router.live_ids.add("mine")
+    router.script = fails(NodeUnavailable("lost"), DuplicateRequest("request_id 'mine' is in use"))
+    result = await client.complete([1], sampling=SamplingParams(max_tokens=2), request_id="mine")
+    assert result.token_ids == answer([1], 2)
+    assert router.cancelled_ids == ["mine"]
+
+
 async def test_a_pause_that_would_outlast_the_deadline_is_not_begun(client: AsyncClient, router: Any) -> None:
     router.script = fails(Overloaded("come back later", retry_after_s=50))
     with pytest.raises(Overloaded, match="come back later"):

@@ -10,7 +10,14 @@ import pytest
 from kvrelay.client import ClientConfig, FinishReason, RequestReport, SamplingParams
 from kvrelay.client.request_progress import RequestProgress, retry_pause_s
 from kvrelay.core.client_types import CallFinished, GenerateCall
-from kvrelay.core.errors import InvalidRequest, KVRelayError, NodeUnavailable, Overloaded
+from kvrelay.core.errors import (
+    DuplicateRequest,
+    InvalidRequest,
+    KVRelayError,
+    NodeUnavailable,
+    Overloaded,
+    RouterUnavailable,
+)
 from kvrelay.core.request import TokenRequest
 from kvrelay.core.service_terms import Priority, ServiceTerms
 
@@ -72,6 +79,17 @@ def test_continuations_are_bounded_even_with_progress_between_them() -> None:
     request.take([9], (), [101.0])
     with pytest.raises(NodeUnavailable):
         fail(request, config)
+
+
+def test_a_leftover_of_an_own_attempt_is_no_fault_of_the_caller() -> None:
+    """Seed 1071 of the fault simulation: the last retry met what the lost session had left at the router."""
+    request, config = progress(), ClientConfig(max_retries=1)
+    leftover = DuplicateRequest("request_id 'r' is in use", field="request_id")
+    request.next_call(100.0)
+    request.next_call(100.0)
+    assert fail(request, config, error=leftover) > 0.0
+    with pytest.raises(RouterUnavailable, match="still has an earlier attempt"):
+        fail(request, config, error=leftover)
 
 
 def test_what_can_not_be_repeated_raises_itself() -> None:

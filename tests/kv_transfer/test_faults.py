@@ -296,11 +296,12 @@ async def test_finishing_without_sending_is_corrupt(
     assert "too early" in str(received.error)
 
 
-async def test_wanting_more_than_the_share_is_refused(
+async def test_wanting_more_slots_than_any_sender_has_is_refused(
     make_node: Any, kv: Any, transport: str, dial: Any
 ) -> None:
     node = await make_node("decode", 24)
     peer, granted = await granted_peer(kv, node, dial, transport)
+    peer.send(Want(granted.transfer_id, 4096))
     peer.send(Want(granted.transfer_id, 4096))
     received = await node.recorder.outcome(granted.transfer_id)
     assert isinstance(received.error, TransferCorrupt)

@@ -62,6 +62,7 @@ from kvrelay.kv_transfer.receive_events import (
     ScatterMessage,
     SendToSender,
     SlotsAssigned,
+    SlotsGivenBack,
     SlotsWanted,
 )
 from kvrelay.kv_transfer.receive_session import ReceiveSession
@@ -328,6 +329,25 @@ def make_receive() -> ReceiveSession:
     )
 
 
+def test_a_sender_with_the_larger_window_gets_the_slots_of_the_smaller_one_in_turn() -> None:
+    receive = make_receive()
+    offer = Offer(ID, 10, DIGEST, FINGERPRINT.digest, 3)
+    assert receive.handle(OfferMatched(offer, FINGERPRINT), 0.0) == [
+        SendToSender(Grant(ID, 4)),
+        RequestSlots(2),
+    ]
+    receive.handle(SlotsAssigned((3, 0)), 0.0)
+    assert receive.handle(SlotsWanted(1), 0.0) == []
+    chunk = Chunk(ID, 0, 3, range(4), range(4, 6), 8 * UNIT_BYTES, False, 0)
+    scatter = ScatterMessage(3, TABLE, whole(range(4, 6)), 8 * UNIT_BYTES, None)
+    assert receive.handle(ChunkArrived(chunk), 0.0) == [scatter, RequestSlots(1)]
+    assert receive.handle(SlotsGivenBack((0,)), 0.0) == [FreeSlots((0,)), RequestSlots(1)]
+    assert receive.handle(SlotsAssigned((3, 0)), 0.0) == [SendToSender(SlotsGranted(ID, (3, 0)))]
+    chunk = Chunk(ID, 1, 3, range(4), range(6, 8), 8 * UNIT_BYTES, False, 0)
+    scatter = ScatterMessage(3, TABLE, whole(range(6, 8)), 8 * UNIT_BYTES, None)
+    assert receive.handle(ChunkArrived(chunk), 0.0) == [scatter], "all that it wanted was granted"
+
+
 def test_a_receive_from_offer_to_acknowledgement() -> None:
     receive = make_receive()
     offer = Offer(ID, 10, DIGEST, FINGERPRINT.digest, 0)
@@ -407,10 +427,10 @@ def test_a_granted_offer_queues_for_the_slots_it_asks_for() -> None:
     ]
 
 
-def test_an_offer_that_asks_for_more_than_its_share_is_refused() -> None:
-    effects = make_receive().handle(
-        OfferMatched(Offer(ID, 10, DIGEST, FINGERPRINT.digest, 3), FINGERPRINT), 0.0
-    )
+def test_a_sender_that_wants_more_slots_than_any_has_is_refused() -> None:
+    receive = make_receive()
+    receive.handle(OfferMatched(Offer(ID, 10, DIGEST, FINGERPRINT.digest, 4096), FINGERPRINT), 0.0)
+    effects = receive.handle(SlotsWanted(1), 0.0)
     (report,) = [effect for effect in effects if isinstance(effect, ReportReceive)]
     assert isinstance(report.error, TransferCorrupt)
 

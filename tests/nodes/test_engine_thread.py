@@ -212,7 +212,7 @@ async def test_the_thread_does_not_pause_between_the_parts_of_a_step(
     thread.send(SubmitPrefill(ONE, request_of(20), ID))
     assert await asyncio.to_thread(engine.has_begun.wait, 20.0)
     assert await asyncio.to_thread(thread.stop, 10.0)
-    assert not thread._is_stalled
+    assert not thread._turns.is_stalled
 
 
 async def test_more_commands_than_attempts_can_give_is_a_bug(recorder: Recorder) -> None:
