@@ -20,7 +20,7 @@ from benchmarks.router_core import describe
 from kvrelay.core.block_hash import chain_hashes, root_hash
 from kvrelay.core.ids import AttemptId, NodeId, RequestId
 from kvrelay.core.node_messages import KVReleased, PrefillFinished, Role
-from kvrelay.router.block_index import BlockIndex, PrefixMatch
+from kvrelay.router.block_index import BlockIndex, BlockKeys, PrefixMatch
 from kvrelay.router.cluster_state import ClusterState
 from kvrelay.router.config import RouterCoreConfig
 from kvrelay.router.placement import NodeView, PlacementRequest
@@ -37,17 +37,17 @@ class Prefixes:
     slots: dict[NodeId, int]
     hashing_s: float = 0.0
 
-    def keys(self, request: PlacementRequest, node: NodeView) -> Sequence[int]:
+    def keys(self, request: PlacementRequest, node: NodeView) -> BlockKeys:
         start_s = time.process_time()
         keys = keys_of(request.token_ids)
         self.hashing_s += time.process_time() - start_s
         return keys
 
-    def match_prefix(self, keys: Sequence[int]) -> PrefixMatch:
+    def match_prefix(self, keys: BlockKeys) -> PrefixMatch:
         return self.index.match_prefix(keys)
 
-    def index_slot(self, node_id: NodeId) -> int:
-        return self.slots[node_id]
+    def index_slot(self, node: NodeView) -> int:
+        return self.slots[node.description.node_id]
 
 
 def keys_of(token_ids: Sequence[int]) -> list[int]:
@@ -76,7 +76,8 @@ def measure(num_nodes: int) -> tuple[float, float]:
         policy.note_placed(attempt, request, decision, float(number))
         rest_ms.append((time.process_time() - start_s - prefixes.hashing_s) * 1e3)
         hashing_ms.append(prefixes.hashing_s * 1e3)
-        policy.note_prefilled(decision.prefill_node, PrefillFinished(attempt, 0, 0.0, 0.2), number + 0.2)
+        done = PrefillFinished(attempt, 0, 0.0, 0.2)
+        policy.note_prefilled(cluster.nodes[decision.prefill_node], (done,), number + 0.2)
         policy.note_settled(decision.decode_node, KVReleased(attempt).attempt, number + 0.3)
     return statistics.median(hashing_ms), statistics.median(rest_ms)
 

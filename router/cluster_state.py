@@ -7,7 +7,7 @@ refusing, which makes it count as full for a while (other routers may use the sa
 from __future__ import annotations
 
 from collections.abc import Container, Iterable
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 
 from kvrelay.core.errors import KVLayoutMismatch, NodeUnavailable, OperationalError
 from kvrelay.core.ids import AttemptId, NodeId
@@ -18,6 +18,7 @@ from kvrelay.router.kv_intake import KVIntake, NodeHoldings
 from kvrelay.router.ledger import Attempt, Pull, Side
 from kvrelay.router.placement import NodeView, PlacementRequest
 from kvrelay.router.steady_run import SteadyRun
+from kvrelay.router.step_timer import StepTimer
 
 MAX_MISMATCHES = 16
 """Differences between fingerprints remembered per model; more of them tell an operator nothing new."""
@@ -57,6 +58,7 @@ class NodeState:
     num_overdue: int = 0
     steady_run: SteadyRun | None = None
     """Takes the node's next batch without a look at its rows, while it lasts."""
+    steps: StepTimer = field(default_factory=StepTimer)
 
     def __post_init__(self) -> None:
         description = self.description
@@ -73,6 +75,11 @@ class NodeState:
     def slot(self) -> int | None:
         """See `NodeView`."""
         return self.holdings.slot
+
+    @property
+    def step_s(self) -> float | None:
+        """See `NodeView`."""
+        return self.steps.mean_s
 
     def blocks_for(self, request: PlacementRequest) -> int:
         """See `NodeView`."""
@@ -124,6 +131,7 @@ class NodeState:
     def record_load(self, load: NodeLoad, now_s: float) -> bool:
         """Take a load report; returns whether it lifted a refusal."""
         self.load = load
+        self.steps.reset()
         since_s = self.full_since_s
         if since_s is None or now_s - since_s < self.config.refusal_pause_s:
             return False
@@ -242,12 +250,13 @@ class ClusterState:
     """All attached nodes, what they hold, and all models that have nodes or had some a moment ago."""
 
     config: RouterCoreConfig
+    intake: InitVar[KVIntake | None] = None
     kv: KVIntake = field(init=False)
     nodes: dict[NodeId, NodeState] = field(default_factory=dict)
     models: dict[str, ModelState] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.kv = KVIntake(self.config)
+    def __post_init__(self, intake: KVIntake | None) -> None:
+        self.kv = intake or KVIntake(self.config)
 
     @property
     def block_index(self) -> BlockIndex:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import Final, Literal, get_args
 
 from kvrelay.core.errors import ConfigError
+
+Placement = Literal["kvrelay", "least-loaded", "round-robin"]
+PLACEMENTS: Final[tuple[Placement, ...]] = get_args(Placement)
 
 
 @dataclass(frozen=True, slots=True)
 class RouterCoreConfig:
     """Every bound of the router's core. Times in seconds on the core's clock.
+
+    `placement`: ``kvrelay`` places by predicted times and by what nodes hold; the others, which know less,
+    are there to compare it with.
 
     Queue: `max_queued_requests` over all models; a request waits at most `queue_timeout_s` for room, and at
     most `node_wait_s` while no pair of nodes could serve its model at all.
@@ -37,6 +44,7 @@ class RouterCoreConfig:
         ConfigError: with all faults, one a line.
     """
 
+    placement: Placement = "kvrelay"
     max_queued_requests: int = 1024
     queue_timeout_s: float = 30.0
     node_wait_s: float = 10.0
@@ -72,7 +80,10 @@ class RouterCoreConfig:
         faults = []
         for spec in fields(self):
             value = getattr(self, spec.name)
-            if spec.type == "int":
+            if spec.name == "placement":
+                if value not in PLACEMENTS:
+                    faults.append(f"placement must be one of {', '.join(PLACEMENTS)}, got {value!r}")
+            elif spec.type == "int":
                 low = 0 if spec.name in ("growth_tokens", "num_remembered_decisions") else 1
                 if isinstance(value, bool) or not isinstance(value, int) or value < low:
                     faults.append(f"{spec.name} must be an integer of at least {low}, got {value!r}")

@@ -8,6 +8,7 @@ be performed in order. The parts: `ledger` (who holds what), `lifecycle` (how re
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from random import Random
 
@@ -24,6 +25,7 @@ from kvrelay.router.events import (
     DeliverFailed,
     Effect,
     Event,
+    LookDue,
     NodeAttached,
     NodeLost,
     NodeReported,
@@ -34,6 +36,7 @@ from kvrelay.router.events import (
     Ticked,
 )
 from kvrelay.router.invariants import check_books
+from kvrelay.router.kv_intake import KVIntake
 from kvrelay.router.kv_routing import apply_kv_event, ask_again, note_guesses
 from kvrelay.router.ledger import Ledger, RequestEntry
 from kvrelay.router.lifecycle import Lifecycle
@@ -41,7 +44,7 @@ from kvrelay.router.merge import batch_fault, merge_batch
 from kvrelay.router.output_merge import OutputMerge
 from kvrelay.router.placement import PlacementPolicy
 from kvrelay.router.placement_memory import PlacementMemory
-from kvrelay.router.reports import apply_faults, apply_loss, apply_report
+from kvrelay.router.reports import apply_faults, apply_loss, apply_reports
 from kvrelay.router.views import ClusterStatus, Counters, cluster_status
 from kvrelay.router.waiting import WaitingEntries
 
@@ -50,17 +53,25 @@ class RouterCore:
     """One router's mind.
 
     `router_epoch` names this process in transfer ids. `rng` draws seeds for requests that bring none, and
-    breaks the policy's ties. `now_s` never goes back between calls.
+    breaks the policy's ties. `kv` is the block index's intake, where the policy reads that index. `now_s`
+    never goes back between calls.
     """
 
     def __init__(
-        self, config: RouterCoreConfig, router_epoch: int, policy: PlacementPolicy, rng: Random
+        self,
+        config: RouterCoreConfig,
+        router_epoch: int,
+        policy: PlacementPolicy,
+        rng: Random,
+        kv: KVIntake | None = None,
     ) -> None:
         self.config = config
         self.router_epoch = router_epoch
         self._policy = policy
         self._rng = rng
-        self._cluster = ClusterState(config)
+        self.look_again_s = math.inf
+        """When a `LookDue` may start a queued request; infinite: nothing but another event can."""
+        self._cluster = ClusterState(config, kv)
         self._ledger = Ledger()
         self._queue = AdmissionQueue(config)
         self._counters = Counters()
@@ -84,6 +95,8 @@ class RouterCore:
                 self._on_request_satisfied(event, now_s)
             case SessionClosed():
                 self._on_session_closed(event, now_s)
+            case LookDue():
+                self._life.has_news_for_queue = True
             case NodeAttached():
                 self._on_node_attached(event, now_s)
             case NodeLost():
@@ -226,16 +239,18 @@ class RouterCore:
                 self._life.has_news_for_queue = True
         if event.tokens is not None:
             self._merge_tokens(node, event.tokens, now_s)
-        for report in event.reports:
-            apply_report(self._life, node, report, now_s)
+        if event.reports:
+            apply_reports(self._life, node, event.reports, now_s)
 
     def _merge_tokens(self, node: NodeState, batch: TokenBatch, now_s: float) -> None:
         run = node.steady_run
         if run is not None and run.goes_on_with(batch):
+            node.steps.note_same(now_s)
             self._life.effects.extend(run.deliver(batch))
             self._counters.num_tokens_delivered += len(batch.token_ids)
             return
         node.end_steady_run()
+        node.steps.note_other(now_s)
         fault = batch_fault(batch)
         if fault:
             self._counters.num_faulty_frames += 1
@@ -256,9 +271,11 @@ class RouterCore:
     def _place_queued(self, now_s: float) -> None:
         """Start what the policy picks, until it picks nothing more."""
         self._life.has_news_for_queue = False
+        self.look_again_s = math.inf
         for model in list(self._queue.waiting):
             while self._place_one(model, now_s):
                 pass
+            self.look_again_s = min(self.look_again_s, self._policy.look_again_s)
 
     def _place_one(self, model: str, now_s: float) -> bool:
         entries = self._queue.waiting.get(model)

@@ -89,6 +89,11 @@ class Ticked:
     """Time passed: deadlines and queue time-outs are checked. Sent several times a second."""
 
 
+@dataclass(frozen=True, slots=True)
+class LookDue:
+    """The time that the core named by `look_again_s` has come: what is queued is looked at."""
+
+
 Event = (
     NodeAttached
     | NodeLost
@@ -98,6 +103,7 @@ Event = (
     | RequestSatisfied
     | SessionClosed
     | Ticked
+    | LookDue
 )
 
 

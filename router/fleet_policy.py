@@ -8,8 +8,8 @@ from random import Random
 from typing import Final, TypeVar
 
 from kvrelay.core.ids import AttemptId, NodeId
-from kvrelay.core.node_messages import NodeLoad, PrefillFinished, Role
-from kvrelay.router.block_index import PrefixMatch
+from kvrelay.core.node_messages import HandoffVerified, NodeLoad, PrefillFinished, Role
+from kvrelay.router.block_index import BlockKeys, PrefixMatch
 from kvrelay.router.decode_fleet import DecodeChoice, DecodeFleet
 from kvrelay.router.placement import ClusterView, Decision, FirstComePolicy, NodeView, PlacementRequest
 from kvrelay.router.prefill_fleet import PrefillFleet, SentPrefill
@@ -29,7 +29,7 @@ class PlannedPrefill:
     num_new_tokens: int
     work_s: float
     num_new_blocks: int
-    keys: Sequence[int]
+    keys: BlockKeys
 
 
 class FleetPolicy(FirstComePolicy):
@@ -40,24 +40,35 @@ class FleetPolicy(FirstComePolicy):
         self._prefill: dict[tuple[str, bytes, int], PrefillFleet] = {}
         self._decode: dict[tuple[str, bytes], DecodeFleet] = {}
         self.planned: PlannedPrefill | None = None
+        self.num_held_tokens = 0
+        """Of the prompt that was placed last, what its decode node holds."""
 
     def fleets(self, model: str) -> Iterator[tuple[PrefillFleet, DecodeFleet]]:
         """The fleets of a model that can hand KV to each other, in an order that does not change."""
         for (of_model, digest, _), prefill in self._prefill.items():
             decode = self._decode.get((of_model, digest)) if of_model == model else None
-            if decode is not None and prefill.slots.num_nodes and decode.slots.num_nodes:
+            if decode is not None and prefill.is_open.any() and decode.slots.num_nodes:
                 yield prefill, decode
+
+    @property
+    def num_tracked(self) -> int:
+        """Sides of attempts that the fleets count as being on a node."""
+        num_prefill = sum(len(fleet.sent) for fleet in self._prefill.values())
+        return num_prefill + sum(len(fleet.sent) for fleet in self._decode.values())
 
     def choose_decode(
         self,
         fleet: DecodeFleet,
         request: PlacementRequest,
+        prefill_node: NodeId,
         match: PrefixMatch | None,
         now_s: float,
         rng: Random,
     ) -> DecodeChoice | None:
         """The decode node for a request; all policies here choose it alike."""
-        return fleet.choose(request, match, now_s, rng)
+        choice = fleet.choose(request, prefill_node, match, now_s, rng)
+        self.num_held_tokens = 0 if choice is None else int(choice.held_tokens[choice.slot])
+        return choice
 
     # ---- see `PlacementPolicy` ---------------------------------------------------------------------
 
@@ -81,6 +92,11 @@ class FleetPolicy(FirstComePolicy):
         fleet = self._fleet_of(node)
         if isinstance(fleet, PrefillFleet):
             fleet.note_load(node.description.node_id, load)
+        else:
+            fleet.note_load(node, load)
+
+    def note_draining(self, node: NodeView) -> None:
+        self._fleet_of(node).close(node.description.node_id)
 
     def note_placed(
         self, attempt_id: AttemptId, request: PlacementRequest, decision: Decision, now_s: float
@@ -96,17 +112,29 @@ class FleetPolicy(FirstComePolicy):
             planned.work_s,
             planned.num_new_blocks,
             planned.keys,
+            now_s,
         )
         prefill.note_sent(attempt_id, sent, now_s)
         decode = self._decode_with(decision.decode_node)
         assert decode is not None
-        decode.note_sent(attempt_id, decision.decode_node, request)
+        decode.note_sent(
+            attempt_id, decision.decode_node, request, decision.prefill_node, self.num_held_tokens
+        )
 
-    def note_prefilled(self, node_id: NodeId, report: PrefillFinished, now_s: float) -> None:
-        fleet = self._prefill_with(node_id)
-        if fleet is not None:
-            fleet.note_computed(report, now_s)
-        self.note_pulled(node_id, report.num_pulled_tokens, report.pull_s)
+    def note_prefilled(self, node: NodeView, reports: Sequence[PrefillFinished], now_s: float) -> None:
+        fleet = self._fleet_of(node)
+        if isinstance(fleet, PrefillFleet):
+            fleet.note_computed(node.description.node_id, reports, now_s)
+            for report in reports:
+                fleet.pull_costs.observe(report.num_pulled_tokens, report.pull_s)
+            for decode in self._decode.values():
+                for report in reports:
+                    decode.note_prefilled(report.attempt, now_s)
+
+    def note_handed_over(self, node: NodeView, report: HandoffVerified, now_s: float) -> None:
+        fleet = self._fleet_of(node)
+        if isinstance(fleet, DecodeFleet):
+            fleet.note_handed_over(report.attempt, now_s)
 
     def note_pulled(self, node_id: NodeId, num_tokens: int, seconds: float) -> None:
         """A prefill node pulled the KV of so many tokens before it computed the rest."""
@@ -160,13 +188,14 @@ class SingleFleetPolicy(FleetPolicy):
         """See `FirstComePolicy.choose`."""
         for prefill, decode in self.fleets(request.model):
             match_choice = self.choose_prefill(request, prefill, now_s, rng)
-            decode_choice = self.choose_decode(decode, request, None, now_s, rng)
             node = prefill.slots.node(match_choice.planned.slot)
+            prefill_node = node.description.node_id
+            decode_choice = self.choose_decode(decode, request, prefill_node, None, now_s, rng)
             if decode_choice is None or node.objection(request, now_s):
                 continue
             self.planned = match_choice.planned
             return Decision(
-                prefill_node=node.description.node_id,
+                prefill_node=prefill_node,
                 decode_node=decode_choice.node.description.node_id,
                 candidates=(),
                 policy=self.name,

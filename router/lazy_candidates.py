@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import overload
+from typing import Final, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from kvrelay.core.explanation import Candidate
 from kvrelay.core.ids import NodeId
 from kvrelay.core.node_messages import Role
+
+TOO_LONG: Final = "the sequence is too long for it"
+FAILED_BEFORE: Final = "it failed this request before"
 
 Column = NDArray[np.float64] | NDArray[np.int64]
 
@@ -22,12 +25,14 @@ class CandidateColumns:
     """The nodes of one role as a decision saw them, by slot (None: no node there).
 
     A candidate's score is the sum of `terms`; `remarks` are shown beside them and not part of the score.
+    What speaks against nodes: `objections` by slot, and, for whole groups of slots, `exclusions`.
     """
 
     role: Role
     node_ids: Sequence[NodeId | None]
     terms: tuple[tuple[str, Column], ...]
     remarks: tuple[tuple[str, Column], ...] = ()
+    exclusions: tuple[tuple[str, NDArray[np.bool_]], ...] = ()
     objections: dict[int, str] = field(default_factory=dict)
 
     def candidates(self) -> list[Candidate]:
@@ -38,13 +43,17 @@ class CandidateColumns:
                 continue
             values = [(name, float(column[slot])) for name, column in self.terms]
             score = sum(value for _, value in values)
-            objection = self.objections.get(slot, "")
+            objection = self._objection(slot)
             if not np.isfinite(score):
                 values = [(name, value if np.isfinite(value) else 0.0) for name, value in values]
                 score, objection = sum(value for _, value in values), objection or "it can't take it now"
             shown = (*values, *((name, float(column[slot])) for name, column in self.remarks))
             made.append(Candidate(node_id, self.role, score, shown, objection))
         return made
+
+    def _objection(self, slot: int) -> str:
+        excluded = (why for why, is_excluded in self.exclusions if is_excluded[slot])
+        return self.objections.get(slot, "") or next(excluded, "")
 
 
 class LazyCandidates(Sequence[Candidate]):

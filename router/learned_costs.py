@@ -8,6 +8,7 @@ node starts from what the others taught.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -77,11 +78,17 @@ class PrefillCosts:
         seconds: Floats = new * (token_s + pair_s * 0.5 * (cached + num_tokens)) + base_s
         return np.maximum(seconds, _MIN_SECONDS)
 
-    def observe(self, slot: int, num_new: int, num_cached: int, measured_s: float) -> None:
-        """A node computed `num_new` tokens behind `num_cached`."""
+    @property
+    def base_seconds(self) -> float:
+        """Seconds of a prefill that has hardly anything to compute, on a node whose factor is 1."""
+        return float(self._fit.coefficients[0])
+
+    def observe(self, slot: int, work: Sequence[tuple[int, int]], measured_s: float) -> None:
+        """A node computed prompts together, of each so many new tokens behind so many cached ones."""
+        num_new = sum(new for new, _ in work)
         if num_new < 1 or not 0.0 <= measured_s < float("inf"):
             return
-        features = (1.0, float(num_new), num_new * (num_cached + 0.5 * num_new))
+        features = (1.0, float(num_new), sum(new * (cached + 0.5 * new) for new, cached in work))
         expected_s = self._fit.expected(features)
         factor = float(self._factors[slot])
         self._fit.observe(features, measured_s / factor)

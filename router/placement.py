@@ -6,6 +6,7 @@ with every term of its score, so that a decision can be asked about afterwards.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from kvrelay.core.explanation import Candidate as Candidate
 from kvrelay.core.explanation import Decision as Decision
 from kvrelay.core.ids import AttemptId, NodeId, RequestId
-from kvrelay.core.node_messages import NodeDescription, NodeLoad, PrefillFinished, Role
+from kvrelay.core.node_messages import HandoffVerified, NodeDescription, NodeLoad, PrefillFinished, Role
 from kvrelay.router.block_index import BlockIndex
 from kvrelay.router.block_keys import PromptBlocks
 
@@ -70,10 +71,21 @@ class NodeView(Protocol):
         ...
 
     @property
+    def max_sequence_tokens(self) -> int:
+        """The longest sequence it can ever hold."""
+        ...
+
+    @property
     def is_draining(self) -> bool: ...
 
     @property
     def load(self) -> NodeLoad | None: ...
+
+    @property
+    def step_s(self) -> float | None:
+        """Mean seconds of its decode steps since its last load report, between steps of the same sequences;
+        None: there were none."""
+        ...
 
     @property
     def num_in_flight(self) -> int:
@@ -128,6 +140,12 @@ class PlacementPolicy(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def look_again_s(self) -> float:
+        """When `pick`, which has just picked nothing, may pick something though nothing happened but that
+        time passed; infinite: it is enough to ask when something changed."""
+        ...
+
     def pick(self, waiting: WaitingRequests, cluster: ClusterView, now_s: float, rng: Random) -> Pick | None:
         """One of the waiting requests of one model, oldest first, with a pair of equal fingerprints and no
         objection; None: nothing is to start now. Asked again after each placement, and whenever something
@@ -142,6 +160,10 @@ class PlacementPolicy(Protocol):
         """The node is gone, with all it held."""
         ...
 
+    def note_draining(self, node: NodeView) -> None:
+        """The node takes nothing new any more."""
+        ...
+
     def note_load(self, node: NodeView, load: NodeLoad) -> None:
         """The node said how busy it is."""
         ...
@@ -152,8 +174,13 @@ class PlacementPolicy(Protocol):
         """An attempt was dispatched to the pair of `decision`."""
         ...
 
-    def note_prefilled(self, node_id: NodeId, report: PrefillFinished, now_s: float) -> None:
-        """The prefill of a current attempt is computed."""
+    def note_prefilled(self, node: NodeView, reports: Sequence[PrefillFinished], now_s: float) -> None:
+        """Prefills are computed, all in the step that has just ended; of attempts that may have come to
+        nothing meanwhile."""
+        ...
+
+    def note_handed_over(self, node: NodeView, report: HandoffVerified, now_s: float) -> None:
+        """A decode node has all the KV of an attempt."""
         ...
 
     def note_settled(self, node_id: NodeId, attempt_id: AttemptId, now_s: float) -> None:
@@ -171,6 +198,8 @@ class Pick:
 
 class FirstComePolicy(ABC):
     """A `PlacementPolicy` that takes requests in order, learns nothing, and chooses the pair by `choose`."""
+
+    look_again_s: float = math.inf
 
     @property
     @abstractmethod
@@ -201,6 +230,9 @@ class FirstComePolicy(ABC):
     def note_lost(self, node: NodeView) -> None:
         return
 
+    def note_draining(self, node: NodeView) -> None:
+        return
+
     def note_load(self, node: NodeView, load: NodeLoad) -> None:
         return
 
@@ -209,7 +241,10 @@ class FirstComePolicy(ABC):
     ) -> None:
         return
 
-    def note_prefilled(self, node_id: NodeId, report: PrefillFinished, now_s: float) -> None:
+    def note_prefilled(self, node: NodeView, reports: Sequence[PrefillFinished], now_s: float) -> None:
+        return
+
+    def note_handed_over(self, node: NodeView, report: HandoffVerified, now_s: float) -> None:
         return
 
     def note_settled(self, node_id: NodeId, attempt_id: AttemptId, now_s: float) -> None:

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from kvrelay.core.ids import AttemptId, NodeId
 from kvrelay.core.node_messages import NodeLoad, PrefillFinished
-from kvrelay.router.block_index import PrefixMatch
+from kvrelay.router.block_index import BlockKeys, PrefixMatch
 from kvrelay.router.fleet_slots import FleetSlots
 from kvrelay.router.learned_costs import PrefillCosts, PullCosts
 from kvrelay.router.online_fit import Floats
 from kvrelay.router.placement import NodeView, PlacementRequest
-from kvrelay.router.prefix_source import PrefixSource
+from kvrelay.router.prefix_source import NO_SLOT, PrefixSource
 from kvrelay.router.routed_prefixes import RoutedPrefixes
 
 Ints = NDArray[np.int64]
@@ -29,12 +29,22 @@ Ints = NDArray[np.int64]
 
 _COUNT_COLUMNS: Final = (
     "index_slots",
+    "max_tokens",
     "inserted_blocks",
     "num_pending",
     "pending_tokens",
     "pending_new_tokens",
     "pending_blocks",
 )
+
+
+_OVERHEAD_WEIGHT: Final = 0.1
+_MIN_LEAD_S: Final = 0.002
+"""A node that has less than this to do counts as idle: its next prompt must reach it before it is. More costs
+hits, as waiting prompts are bound before it is known what will be free."""
+_MAX_JOINED: Final = 8
+"""Prompts whose time is mostly the constant that each step costs are sent in such numbers, about, before the
+node is idle: it computes in one step what waits there, and a cache would save little."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +57,14 @@ class SentPrefill:
     work_s: float
     num_new_blocks: int
     """Those that its cache will have to make room for."""
-    keys: Sequence[int]
+    keys: BlockKeys
+    sent_s: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeldBlocks:
-    """Leading blocks of a chain by slot: `now` in a cache that others can pull from, `later` when all that
-    was sent to the node is computed. `match` is the index's own word."""
+    """Leading blocks of a chain by slot: `now` in a cache that others can pull from (0 where they can't),
+    `later` when all that was sent to the node is computed. `match` is the index's own word."""
 
     match: PrefixMatch
     now: Ints
@@ -69,6 +80,8 @@ class PrefillFleet:
         self.costs = PrefillCosts(0)
         self.pull_costs = PullCosts()
         self.index_slots: Ints = np.zeros(0, np.int64)
+        self.max_tokens: Ints = np.zeros(0, np.int64)
+        """A sequence must be shorter."""
         self.num_pending: Ints = np.zeros(0, np.int64)
         """Prompts sent and not computed."""
         self.pending_tokens: Ints = np.zeros(0, np.int64)
@@ -77,7 +90,12 @@ class PrefillFleet:
         self.inserted_blocks: Ints = np.zeros(0, np.int64)
         """All that each node's cache was ever made to take in by this router. Caches drop what they used
         longest ago, so where this grows alike, no cache drops what another would keep."""
-        self.is_present: NDArray[np.bool_] = np.zeros(0, np.bool_)
+        self.is_open: NDArray[np.bool_] = np.zeros(0, np.bool_)
+        """There is a node, and it takes new prompts."""
+        self.can_pull: NDArray[np.bool_] = np.zeros(0, np.bool_)
+        """It can take KV from other prefill nodes, and give it to them."""
+        self.overhead_s = 0.0
+        """What a first token takes beyond what its node waits and computes, lately: messages to and fro."""
         self.sent: dict[AttemptId, SentPrefill] = {}
         self._pending_s: Floats = np.zeros(0)
         self._end_s: Floats = np.zeros(0)
@@ -87,26 +105,43 @@ class PrefillFleet:
 
     # ---- what is asked -----------------------------------------------------------------------------
 
-    def keys(self, request: PlacementRequest) -> Sequence[int]:
+    @property
+    def lead_s(self) -> float:
+        """How long before a node is idle its next prompt is sent: what messages take, at least."""
+        return max(_MIN_LEAD_S, self.overhead_s)
+
+    @property
+    def longest_lead_s(self) -> float:
+        """The same for prompts that are short enough to be computed together."""
+        return max(self.lead_s, _MAX_JOINED * self.costs.base_seconds)
+
+    def lead_for(self, work_s: float) -> float:
+        """The one or the other, for a prompt that takes so long."""
+        return self.longest_lead_s if work_s <= 2.0 * self.costs.base_seconds else self.lead_s
+
+    def keys(self, request: PlacementRequest) -> BlockKeys:
         """The keys of the request's blocks, as these nodes have them."""
         return self._source.keys(request, self.slots.node(next(iter(self.slots.slot_of.values()))))
 
-    def held_blocks(self, keys: Sequence[int]) -> HeldBlocks:
+    def held_blocks(self, keys: BlockKeys) -> HeldBlocks:
         """How much of a chain of blocks the nodes have."""
         match = self._source.match_prefix(keys)
-        now = match.device[self.index_slots]
-        later = match.either[self.index_slots].astype(np.int64)
+        is_indexed = self.index_slots != NO_SLOT
+        now = np.where(is_indexed & self.can_pull, match.device[self.index_slots], 0)
+        later = np.where(is_indexed, match.either[self.index_slots], 0).astype(np.int64)
         self._routed.raise_blocks(later, keys)
         return HeldBlocks(match, now.astype(np.int64), later)
 
     def backlog_s(self, now_s: float) -> Floats:
-        """Seconds until each node would start what is sent to it now; infinite where there is no node. One
+        """Seconds until each node would start what is sent to it now; infinite where none takes any. One
         that takes longer than expected is taken to need as much more as expectations are off by."""
+        expected_s = self._end_s - now_s
         overrun_s = self.costs.relative_error * self._pending_s
-        left: Floats = np.where(self.num_pending > 0, np.maximum(self._end_s - now_s, overrun_s), 0.0)
+        left: Floats = np.where(expected_s > 0.0, expected_s, overrun_s)
+        left[self.num_pending == 0] = 0.0
         if self._foreign_tokens.any():
             left = left + self._foreign_tokens * self.costs.token_seconds
-        left[~self.is_present] = np.inf
+        left[~self.is_open] = np.inf
         return left
 
     # ---- what happens ------------------------------------------------------------------------------
@@ -114,13 +149,15 @@ class PrefillFleet:
     def add(self, node: NodeView) -> None:
         """A node has attached."""
         slot = self.slots.add(node)
-        if slot == len(self.is_present):
+        if slot == len(self.is_open):
             self._grow()
-        self.index_slots[slot] = self._source.index_slot(node.description.node_id)
-        self.inserted_blocks[slot] = self.inserted_blocks[self.is_present].min(initial=2**62)
-        if not self.is_present.any():
+        self.index_slots[slot] = self._source.index_slot(node)
+        self.max_tokens[slot] = node.max_sequence_tokens
+        self.can_pull[slot] = bool(node.description.transfer_address)
+        self.inserted_blocks[slot] = self.inserted_blocks[self.is_open].min(initial=2**62)
+        if not self.is_open.any():
             self.inserted_blocks[slot] = 0
-        self.is_present[slot] = True
+        self.is_open[slot] = True
 
     def remove(self, node_id: NodeId) -> None:
         """A node is lost, and all that was sent to it."""
@@ -128,11 +165,16 @@ class PrefillFleet:
         for attempt_id in [key for key, sent in self.sent.items() if sent.slot == slot]:
             self._routed.remove(attempt_id, self.sent.pop(attempt_id).keys)
         self.costs.forget(slot)
-        self.is_present[slot] = False
+        self.index_slots[slot] = NO_SLOT
+        self.is_open[slot] = False
         for column in (self.num_pending, self.pending_tokens, self.pending_new_tokens, self.pending_blocks):
             column[slot] = 0
         for times in (self._pending_s, self._end_s, self._foreign_tokens):
             times[slot] = 0.0
+
+    def close(self, node_id: NodeId) -> None:
+        """The node takes nothing new."""
+        self.is_open[self.slots.slot_of[node_id]] = False
 
     def note_sent(self, attempt_id: AttemptId, sent: SentPrefill, now_s: float) -> None:
         """A prompt was sent to the node in `sent.slot`."""
@@ -145,14 +187,23 @@ class PrefillFleet:
         self._count(sent, 1)
         self._routed.add(attempt_id, slot, sent.keys)
 
-    def note_computed(self, report: PrefillFinished, now_s: float) -> None:
-        """A prompt is computed: learn from it, and take the node to start its next one now."""
-        sent = self.sent.get(report.attempt)
-        if sent is None:
+    def note_computed(self, node_id: NodeId, reports: Sequence[PrefillFinished], now_s: float) -> None:
+        """These prompts of one node are computed, all in the step that has just ended: learn from them, and
+        take the node to start what is next now."""
+        slot = self.slots.slot_of[node_id]
+        of_attempt = ((report, self.sent.get(report.attempt)) for report in reports)
+        known = [(report, sent) for report, sent in of_attempt if sent is not None and sent.slot == slot]
+        if not known:
             return
-        num_cached = min(report.num_cached_tokens, sent.num_tokens)
-        self.costs.observe(sent.slot, sent.num_tokens - num_cached, num_cached, report.compute_s)
-        self.note_gone(report.attempt, now_s)
+        work = []
+        for report, sent in known:
+            num_cached = min(report.num_cached_tokens, sent.num_tokens)
+            work.append((sent.num_tokens - num_cached, num_cached))
+            passed_s = now_s - sent.sent_s - report.queue_s - report.compute_s
+            self.overhead_s += _OVERHEAD_WEIGHT * (max(0.0, passed_s) - self.overhead_s)
+        self.costs.observe(slot, work, max(report.compute_s for report, _ in known))
+        for report, _ in known:
+            self.note_gone(report.attempt, now_s)
 
     def note_gone(self, attempt_id: AttemptId, now_s: float) -> None:
         """The node does not compute it any more, if it did."""
@@ -184,5 +235,6 @@ class PrefillFleet:
             setattr(self, name, np.append(getattr(self, name), np.int64(0)))
         for name in ("_pending_s", "_end_s", "_foreign_tokens"):
             setattr(self, name, np.append(getattr(self, name), 0.0))
-        self.is_present = np.append(self.is_present, np.False_)
+        self.is_open = np.append(self.is_open, np.False_)
+        self.can_pull = np.append(self.can_pull, np.False_)
         self.costs.resize(size)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from kvrelay.router.block_index import PrefixMatch
+from kvrelay.router.block_index import BlockKeys, PrefixMatch
 from kvrelay.router.learned_costs import Ints
 from kvrelay.router.online_fit import Floats
 from kvrelay.router.prefill_fleet import PrefillFleet
@@ -17,9 +16,10 @@ from kvrelay.router.prefill_fleet import PrefillFleet
 class PrefillOptions:
     """By slot: seconds to compute the prompt on its own cache (`own_s`), or with what the best holder has
     (`pulled_s`, of which `pull_s` to fetch it), and the lesser of both (`work_s`). `own_tokens` are cached
-    there already, `pulled_tokens` would be with the pull; `holder` is the slot to pull from."""
+    there already, `pulled_tokens` would be with the pull; `holder` is the slot to pull from. Infinite where a
+    node can't take a prompt so long."""
 
-    keys: Sequence[int]
+    keys: BlockKeys
     match: PrefixMatch
     own_blocks: Ints
     own_tokens: Ints
@@ -39,17 +39,17 @@ class PrefillOptions:
         return int(self.pulled_tokens[slot] if self.does_pull[slot] else self.own_tokens[slot])
 
 
-def prefill_options(keys: Sequence[int], num_tokens: int, fleet: PrefillFleet) -> PrefillOptions:
+def prefill_options(keys: BlockKeys, num_tokens: int, fleet: PrefillFleet) -> PrefillOptions:
     """The options for a prompt of `num_tokens` tokens with these blocks, at this moment.
 
     At least one token is computed wherever it runs: its output is wanted.
     """
     held = fleet.held_blocks(keys)
-    most = num_tokens - 1
+    most = _most_cached(len(keys), num_tokens, fleet.block_size)
     own_tokens = np.minimum(held.later * fleet.block_size, most)
     holder = int(held.now.argmax())
     best = min(int(held.now[holder]) * fleet.block_size, most)
-    own_s = fleet.costs.seconds(num_tokens, own_tokens)
+    own_s = np.where(num_tokens < fleet.max_tokens, fleet.costs.seconds(num_tokens, own_tokens), np.inf)
     if best == 0 or best <= own_tokens.min():
         no_pull = np.zeros(len(own_tokens))
         return PrefillOptions(
@@ -59,9 +59,17 @@ def prefill_options(keys: Sequence[int], num_tokens: int, fleet: PrefillFleet) -
     pulled_tokens = np.maximum(own_tokens, best)
     pull_s = fleet.pull_costs.seconds(pulled_tokens - own_tokens)
     pulled_s = pull_s + fleet.costs.seconds(num_tokens, pulled_tokens)
-    does_pull = pulled_s < own_s
+    does_pull = (pulled_s < own_s) & fleet.can_pull & np.isfinite(own_s)
     work_s = np.where(does_pull, pulled_s, own_s)
     return PrefillOptions(
         keys, held.match, held.later, own_tokens, pulled_tokens, np.where(does_pull, pull_s, 0.0), work_s,
         does_pull.astype(np.int64), holder, float(work_s.min()),
     )  # fmt: skip
+
+
+def _most_cached(num_keys: int, num_tokens: int, block_size: int) -> int:
+    """Tokens that a cache can spare a node: whole blocks, and never the last token. Where the last block is
+    known though it is not full, as in traces, all but that token."""
+    if num_keys * block_size > num_tokens:
+        return num_tokens - 1
+    return (num_tokens - 1) // block_size * block_size

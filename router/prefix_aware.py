@@ -3,7 +3,8 @@
 A prefill node's score for a request is ``queue + pull + prefill + w * (pull + prefill)``, in seconds:
 
 - *queue*: until the node would start on it; *pull*: to fetch what another node holds of its prefix, where
-  that is quicker than to compute it; *prefill*: to compute the rest. All are learned (`learned_costs`).
+  that is quicker than to compute it; *prefill*: to compute the rest. All are learned (`learned_costs`), as is
+  what messages take, which is the same for all nodes.
 - *w* is what a second of work costs the others (`congestion`): nothing while nodes are idle, so that the
   choice is greedy, and much when the cluster saturates, when saved work counts more than this one's time.
 
@@ -18,6 +19,7 @@ is Brinch Hansen's (1971). See docs/placement.md.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from itertools import islice
 from random import Random
@@ -26,13 +28,20 @@ from typing import Final
 import numpy as np
 
 from kvrelay.core.ids import RequestId
-from kvrelay.core.node_messages import Role
 from kvrelay.router.congestion import Congestion
 from kvrelay.router.decode_fleet import DecodeChoice, DecodeFleet
 from kvrelay.router.fleet_policy import FleetPolicy, PlannedPrefill
-from kvrelay.router.lazy_candidates import CandidateColumns, LazyCandidates
+from kvrelay.router.lazy_candidates import LazyCandidates
 from kvrelay.router.online_fit import Floats
-from kvrelay.router.placement import ClusterView, Decision, Pick, PlacementRequest, WaitingRequests
+from kvrelay.router.placement import (
+    ClusterView,
+    Decision,
+    NodeView,
+    Pick,
+    PlacementRequest,
+    WaitingRequests,
+)
+from kvrelay.router.prefill_choice import Moment, best_slot, candidate_columns
 from kvrelay.router.prefill_fleet import PrefillFleet
 from kvrelay.router.prefill_options import PrefillOptions, prefill_options
 from kvrelay.router.prefix_source import PrefixSource
@@ -41,14 +50,9 @@ _MAX_CONSIDERED: Final = 64
 """Of the requests that wait, so many of the oldest are looked at."""
 _OPTIONS_AGE_S: Final = 1.0
 """What caches hold for a waiting request is looked up again after this, and always before it is placed."""
-_LEAD_S: Final = 0.002
-"""A node that has less than this to do counts as idle: its next prompt must reach it before it is. More costs
-hits, as waiting prompts are bound before it is known what will be free."""
+_MIN_PAUSE_S: Final = 0.0005
+"""Before a node is looked at again, so that rounding can't make it no pause at all."""
 _MAX_REMEMBERED: Final = 1024
-_NUM_DRAWN: Final = 16
-"""Of nodes that are equal, so many are drawn, and the one that took in least of them is taken."""
-_MAX_TRIES: Final = 8
-"""Nodes that are asked for an objection before a request is left to wait."""
 
 
 class PrefixAware(FleetPolicy):
@@ -57,17 +61,36 @@ class PrefixAware(FleetPolicy):
     def __init__(self, source: PrefixSource) -> None:
         super().__init__(source)
         self._congestion = Congestion()
-        self._options: OrderedDict[RequestId, tuple[float, PrefillOptions]] = OrderedDict()
-        """When each was looked up, of the requests that wait."""
-        self._parked: OrderedDict[RequestId, tuple[int, float, float]] = OrderedDict()
+        self._options: OrderedDict[RequestId, tuple[PrefillFleet, float, PrefillOptions]] = OrderedDict()
+        """When and for which fleet they were looked up, of the requests that wait."""
+        self._parked: OrderedDict[RequestId, tuple[PrefillFleet, int, float, float]] = OrderedDict()
         """Of those that wait for a busy node: which, until when, and for how long they will keep it busy."""
-        self._barren_scene: tuple[int, RequestId, bytes] | None = None
+        self._barren_scene: tuple[PrefillFleet, int, RequestId, bytes] | None = None
         """Who waited and which nodes were idle when nothing could be placed; good until `_barren_until_s`."""
         self._barren_until_s = 0.0
+        self.look_again_s = math.inf
 
     @property
     def name(self) -> str:
         return "kvrelay"
+
+    def note_attached(self, node: NodeView, now_s: float) -> None:
+        super().note_attached(node, now_s)
+        self._reconsider()
+
+    def note_lost(self, node: NodeView) -> None:
+        super().note_lost(node)
+        self._reconsider()
+
+    def note_draining(self, node: NodeView) -> None:
+        super().note_draining(node)
+        self._reconsider()
+
+    def _reconsider(self) -> None:
+        """Nodes came or went: what waits for one of them may want another."""
+        self._options.clear()
+        self._parked.clear()
+        self._barren_scene = None
 
     def choose(
         self, request: PlacementRequest, cluster: ClusterView, now_s: float, rng: Random
@@ -78,18 +101,24 @@ class PrefixAware(FleetPolicy):
 
     def pick(self, waiting: WaitingRequests, cluster: ClusterView, now_s: float, rng: Random) -> Pick | None:
         """See `PlacementPolicy.pick`, and the module."""
+        self.look_again_s = math.inf
         first = next(iter(waiting), None)
         if first is None:
             return None
         considered: list[PlacementRequest] = []
+        look_s = math.inf
         for prefill, decode in self.fleets(first.model):
             backlog_s = prefill.backlog_s(now_s)
-            if backlog_s.min() > _LEAD_S:
+            busy_s = float(backlog_s.min()) - prefill.longest_lead_s
+            if busy_s > 0.0:
+                look_s = min(look_s, now_s + max(busy_s, _MIN_PAUSE_S))
                 continue
             considered = considered or list(islice(waiting, _MAX_CONSIDERED))
             picked = self._pick_in(prefill, decode, considered, backlog_s, len(waiting), now_s, rng)
             if picked is not None:
                 return picked
+            look_s = min(look_s, self._barren_until_s)
+        self.look_again_s = look_s
         return None
 
     def _pick_in(
@@ -102,46 +131,58 @@ class PrefixAware(FleetPolicy):
         now_s: float,
         rng: Random,
     ) -> Pick | None:
-        """`backlog_s` is changed: what would rather wait for a busy node is counted there."""
-        is_idle = backlog_s <= _LEAD_S
-        scene = (len(considered), considered[-1].request_id, is_idle.tobytes())
+        is_idle = backlog_s <= prefill.lead_s
+        is_near = backlog_s <= prefill.longest_lead_s
+        scene = prefill, len(considered), considered[-1].request_id, is_idle.tobytes() + is_near.tobytes()
         if scene == self._barren_scene and now_s < self._barren_until_s:
             return None
-        num_idle = int(is_idle.sum())
-        num_queued = num_waiting + int(np.maximum(prefill.num_pending - 1, 0).sum()) - num_idle
+        num_queued = num_waiting + int(np.maximum(prefill.num_pending - 1, 0).sum()) - int(is_idle.sum())
         weight = self._congestion.weight(max(0, num_queued), prefill.slots.num_nodes)
-        self._barren_until_s = now_s + _OPTIONS_AGE_S
+        at = Moment(prefill, backlog_s, bool(is_idle.any()), weight, num_waiting, now_s, rng)
+        self._barren_until_s, self._barren_scene = now_s + _OPTIONS_AGE_S, scene
         for request in self._ranked(considered, prefill, now_s):
-            parked = self._parked.get(request.request_id)
-            if parked is not None and now_s < parked[1] and num_waiting <= _MAX_CONSIDERED:
-                backlog_s[parked[0]] += parked[2]
+            if self._is_parked(request, at):
                 continue
+            objections: dict[int, str] = {}
             options = self._options_of(request, prefill, now_s, _OPTIONS_AGE_S)
             slot = int((backlog_s + (1.0 + weight) * options.work_s).argmin())
-            if backlog_s[slot] <= _LEAD_S:
+            if backlog_s[slot] <= prefill.lead_for(options.work_s[slot]):
                 options = self._options_of(request, prefill, now_s, 0.0)
-                found = self._best_slot(request, options, prefill, backlog_s, weight, now_s, rng)
+                found = best_slot(request, options, objections, at)
                 if found is None:
+                    self._barren_scene = None
                     continue
                 slot = found
-            if backlog_s[slot] > _LEAD_S and num_waiting <= _MAX_CONSIDERED:
-                self._park(request, slot, float(backlog_s[slot]), float(options.work_s[slot]), now_s)
-                backlog_s[slot] += options.work_s[slot]
+            wait_s = float(backlog_s[slot]) - prefill.lead_for(options.work_s[slot])
+            if wait_s > 0.0 and num_waiting <= _MAX_CONSIDERED:
+                self._wait(request, slot, wait_s, float(options.work_s[slot]), at)
                 continue
-            choice = decode.choose(request, options.match, now_s, rng)
-            if choice is None:
-                return None
-            return self._placed(request, options, slot, choice, prefill, backlog_s, weight, now_s)
-        self._barren_scene = scene
+            self._barren_scene = None
+            prefill_node = prefill.slots.node(slot).description.node_id
+            choice = self.choose_decode(decode, request, prefill_node, options.match, now_s, rng)
+            return None if choice is None else self._placed(request, options, slot, choice, objections, at)
         return None
 
-    def _park(
-        self, request: PlacementRequest, slot: int, backlog_s: float, work_s: float, now_s: float
-    ) -> None:
-        """It waits for a busy node: no need to look at it again before that one is expected to be idle."""
-        until_s = now_s + min(max(0.0, backlog_s - _LEAD_S), _OPTIONS_AGE_S)
-        self._parked[request.request_id] = slot, until_s, work_s
+    def _is_parked(self, request: PlacementRequest, at: Moment) -> bool:
+        """Whether it goes on waiting for a busy node."""
+        parked = self._parked.get(request.request_id)
+        if parked is None or not at.has_idle or at.num_waiting > _MAX_CONSIDERED:
+            return False
+        fleet, slot, until_s, work_s = parked
+        if fleet is not at.prefill or at.now_s >= until_s:
+            return False
+        at.backlog_s[slot] += work_s
+        return True
+
+    def _wait(self, request: PlacementRequest, slot: int, wait_s: float, work_s: float, at: Moment) -> None:
+        """It would rather wait for a busy node. Chosen instead of an idle one, that is not looked at again
+        before the node is expected to take it."""
+        until_s = at.now_s + min(max(wait_s, _MIN_PAUSE_S), _OPTIONS_AGE_S)
         self._barren_until_s = min(self._barren_until_s, until_s)
+        if not at.has_idle or not np.isfinite(work_s):
+            return
+        at.backlog_s[slot] += work_s
+        self._parked[request.request_id] = at.prefill, slot, until_s, work_s
         if len(self._parked) > _MAX_REMEMBERED:
             self._parked.popitem(last=False)
 
@@ -163,41 +204,14 @@ class PrefixAware(FleetPolicy):
     ) -> PrefillOptions:
         known = self._options.get(request.request_id)
         if known is not None:
-            seen_s, options = known
-            if now_s - seen_s <= max_age_s and len(options.work_s) == prefill.slots.size:
+            fleet, seen_s, options = known
+            if fleet is prefill and now_s - seen_s <= max_age_s:
                 return options
         options = prefill_options(prefill.keys(request), request.num_tokens, prefill)
-        self._options[request.request_id] = now_s, options
+        self._options[request.request_id] = prefill, now_s, options
         if len(self._options) > _MAX_REMEMBERED:
             self._options.popitem(last=False)
         return options
-
-    def _best_slot(
-        self,
-        request: PlacementRequest,
-        options: PrefillOptions,
-        prefill: PrefillFleet,
-        backlog_s: Floats,
-        weight: float,
-        now_s: float,
-        rng: Random,
-    ) -> int | None:
-        """The least-scored node; None: every one that is looked at objects."""
-        score = backlog_s + (1.0 + weight) * options.work_s
-        slots = prefill.slots
-        if request.avoided:
-            failed = [slots.slot_of[node_id] for node_id in request.avoided if node_id in slots.slot_of]
-            if len(failed) < slots.num_nodes:
-                score[failed] = np.inf
-        for _ in range(_MAX_TRIES):
-            best = int(score.argmin())
-            if not np.isfinite(score[best]):
-                return None
-            slot = _among_equals(best, score, options, prefill, backlog_s, rng)
-            if not slots.node(slot).objection(request, now_s):
-                return slot
-            score[slot] = np.inf
-        return None
 
     def _placed(
         self,
@@ -205,56 +219,24 @@ class PrefixAware(FleetPolicy):
         options: PrefillOptions,
         slot: int,
         choice: DecodeChoice,
-        prefill: PrefillFleet,
-        backlog_s: Floats,
-        weight: float,
-        now_s: float,
+        objections: dict[int, str],
+        at: Moment,
     ) -> Pick:
-        slots, work_s = prefill.slots, float(options.work_s[slot])
-        self._congestion.note_work(work_s, slots.num_nodes, now_s)
+        prefill, slots, work_s = at.prefill, at.prefill.slots, float(options.work_s[slot])
+        self._congestion.note_work(work_s, slots.num_nodes, at.now_s)
         self._options.pop(request.request_id, None)
         self._parked.pop(request.request_id, None)
         num_new = request.num_tokens - options.cached_tokens(slot)
         self.planned = PlannedPrefill(slot, num_new, work_s, options.num_new_blocks(slot), options.keys)
         holder = slots.node_ids[options.holder] if options.does_pull[slot] else None
-        terms = (
-            ("queue_s", backlog_s),
-            ("pull_s", options.pull_s),
-            ("prefill_s", options.work_s - options.pull_s),
-            ("others_s", weight * options.work_s),
-        )
-        columns = CandidateColumns(
-            Role.PREFILL, slots.node_ids, terms, (("cached_tokens", options.own_tokens),)
-        )
+        columns = candidate_columns(options, objections, at)
         decision = Decision(
             prefill_node=slots.node(slot).description.node_id,
             decode_node=choice.node.description.node_id,
             candidates=LazyCandidates(columns, choice.columns),
             policy=self.name,
-            predicted_ttft_s=float(backlog_s[slot]) + work_s,
+            predicted_ttft_s=float(at.backlog_s[slot]) + work_s + prefill.overhead_s,
             pull_from=holder,
             num_pull_tokens=int(options.pulled_tokens[slot]) if holder else 0,
         )
         return Pick(request, decision)
-
-
-def _among_equals(
-    best: int,
-    score: Floats,
-    options: PrefillOptions,
-    prefill: PrefillFleet,
-    backlog_s: Floats,
-    rng: Random,
-) -> int:
-    """Of the nodes that differ from the best in nothing but what predictions are off by, some are drawn, so
-    that routers which see the same do not all do the same; the one of these whose cache took in least gets
-    it, so that all caches keep blocks for about the same time, as one large cache would."""
-    within_s = prefill.costs.relative_error * float(options.work_s[best]) + 1e-9
-    is_equal = score <= score[best] + within_s
-    is_equal &= backlog_s <= max(float(backlog_s[best]), _LEAD_S)
-    is_equal &= options.own_tokens == options.own_tokens[best]
-    equals = np.flatnonzero(is_equal)
-    if len(equals) < 2:
-        return best
-    drawn = equals[[rng.randrange(len(equals)) for _ in range(_NUM_DRAWN)]]
-    return int(drawn[prefill.inserted_blocks[drawn].argmin()])

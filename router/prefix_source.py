@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
-from kvrelay.core.ids import NodeId
-from kvrelay.router.block_index import PrefixMatch
+from kvrelay.router.block_index import BlockIndex, BlockKeys, PrefixMatch
 from kvrelay.router.placement import NodeView, PlacementRequest
+
+NO_SLOT: Final = -1
+"""The slot of a node that the index has no place for."""
 
 
 class PrefixSource(Protocol):
     """The block index, and the names by which it knows blocks and nodes."""
 
-    def keys(self, request: PlacementRequest, node: NodeView) -> Sequence[int]:
+    def keys(self, request: PlacementRequest, node: NodeView) -> BlockKeys:
         """Keys of the request's blocks, first to last, as nodes like this one name them."""
         ...
 
-    def match_prefix(self, keys: Sequence[int]) -> PrefixMatch:
+    def match_prefix(self, keys: BlockKeys) -> PrefixMatch:
         """How many leading blocks each node holds, by `index_slot`."""
         ...
 
-    def index_slot(self, node_id: NodeId) -> int:
-        """The node's place in the index."""
+    def index_slot(self, node: NodeView) -> int:
+        """The node's place in the index, or `NO_SLOT`; good while it is attached."""
         ...
+
+
+class IndexedPrefixes:
+    """A `PrefixSource` over the index that this router keeps from the nodes' events. Of a node whose events
+    are missing it says what was known of it last, and what this router sent there since."""
+
+    def __init__(self, index: BlockIndex) -> None:
+        self._index = index
+
+    def keys(self, request: PlacementRequest, node: NodeView) -> BlockKeys:
+        return request.block_keys(node)
+
+    def match_prefix(self, keys: BlockKeys) -> PrefixMatch:
+        return self._index.match_prefix(keys)
+
+    def index_slot(self, node: NodeView) -> int:
+        return NO_SLOT if node.slot is None else node.slot

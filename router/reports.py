@@ -6,7 +6,7 @@ current one, does the request move. That is why late reports of dead attempts ne
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from kvrelay.core.errors import (
     CallerError,
@@ -42,10 +42,19 @@ from kvrelay.router.lifecycle import Lifecycle
 _TERMINAL = (AttemptRefused, AttemptFinished, AttemptFailed, KVReleased)
 
 
-def apply_report(life: Lifecycle, node: NodeState, report: Report, now_s: float) -> None:
-    """Bring one report of `node` into the books."""
+def apply_reports(life: Lifecycle, node: NodeState, reports: Sequence[Report], now_s: float) -> None:
+    """Bring what `node` reports at one moment into the books, in order."""
+    prefilled = [report for report in reports if isinstance(report, PrefillFinished)]
+    if prefilled:
+        life.policy.note_prefilled(node, prefilled, now_s)
+    for report in reports:
+        _apply_report(life, node, report, now_s)
+
+
+def _apply_report(life: Lifecycle, node: NodeState, report: Report, now_s: float) -> None:
     if isinstance(report, DrainStarted):
         life.cluster.record_drain(node, now_s)
+        life.policy.note_draining(node)
         return
     attempt = node.in_flight.get(report.attempt)
     pull = node.sends.get(report.attempt)
@@ -76,6 +85,7 @@ def _apply_progress(
     if isinstance(report, PrefillFinished):
         _apply_prefill_finished(life, node, attempt, report, now_s)
     elif isinstance(report, HandoffVerified):
+        life.policy.note_handed_over(node, report, now_s)
         attempt.is_verified = True
         attempt.entry.handoff = report
         _move_if_decoding(attempt)
@@ -91,7 +101,6 @@ def _apply_prefill_finished(
         fail_by_fault(life, node, attempt, "it finished a prefill without its token", now_s)
         return
     node.record_computed(attempt.prefill)
-    life.policy.note_prefilled(node.description.node_id, report, now_s)
     life.has_news_for_queue = True
     entry.prefilled = report
     life.pulls.count(attempt, report)

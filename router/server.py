@@ -22,9 +22,10 @@ from kvrelay.router.core import RouterCore
 from kvrelay.router.generate_service import GenerateService
 from kvrelay.router.http_server import HttpServer, make_app
 from kvrelay.router.info_service import InfoService
-from kvrelay.router.least_loaded import LeastLoaded
+from kvrelay.router.kv_intake import KVIntake
 from kvrelay.router.listening import listen_grpc, listen_http
 from kvrelay.router.metrics import RouterMetrics
+from kvrelay.router.policies import make_policy
 from kvrelay.router.router_service import SERVICE_NAME as ROUTER_SERVICE
 from kvrelay.router.router_service import register_router
 from kvrelay.router.server_config import RouterConfig
@@ -56,7 +57,9 @@ class RouterServer:
         self._clock = clock
         self._metrics = RouterMetrics()
         epoch = secrets.randbits(62) + 1
-        core = RouterCore(config.core, epoch, LeastLoaded(), SystemRandom())
+        kv = KVIntake(config.core)
+        policy = make_policy(config.core.placement, kv.index)
+        core = RouterCore(config.core, epoch, policy, SystemRandom(), kv)
         self.shell = RouterShell(config, core, clock, self._metrics)
         self.grpc_port = 0
         self.http_port = 0

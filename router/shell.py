@@ -35,6 +35,7 @@ from kvrelay.router.events import (
     DeliverFinished,
     DeliverTokens,
     Event,
+    LookDue,
     NodeAttached,
     NodeLost,
     NodeReported,
@@ -44,6 +45,7 @@ from kvrelay.router.events import (
     SessionClosed,
     Ticked,
 )
+from kvrelay.router.look_timer import LookTimer
 from kvrelay.router.metrics import RouterMetrics
 from kvrelay.router.server_config import RouterConfig
 from kvrelay.router.sessions import ClientSession, Sessions
@@ -82,6 +84,7 @@ class RouterShell:
         self._admission = CallAdmission(config, self.sessions)
         self._events: deque[Event] = deque()
         self._is_dispatching = False
+        self._looks = LookTimer(self._look_again)
         self._performers: dict[type, Callable[[Any], None]] = {
             DeliverTokens: self._deliver_tokens,
             SendCommand: self._send_command,
@@ -122,6 +125,11 @@ class RouterShell:
             raise
         finally:
             self._is_dispatching = False
+        self._looks.ask(self._core.look_again_s, self.clock.now_s())
+
+    def _look_again(self) -> None:
+        if not self.bug.done():
+            self.dispatch(LookDue())
 
     # ---- client streams -----------------------------------------------------------------------------
 

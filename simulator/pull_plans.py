@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from random import Random
 
 from kvrelay.core.ids import AttemptId, NodeId
-from kvrelay.core.node_messages import NodeLoad, PrefillFinished
+from kvrelay.core.node_messages import HandoffVerified, NodeLoad, PrefillFinished
 from kvrelay.router.fleet_policy import FleetPolicy
 from kvrelay.router.placement import ClusterView, Decision, NodeView, Pick, PlacementRequest, WaitingRequests
 
@@ -29,6 +30,10 @@ class PullPlans:
     def name(self) -> str:
         return self._policy.name
 
+    @property
+    def look_again_s(self) -> float:
+        return self._policy.look_again_s
+
     def pick(self, waiting: WaitingRequests, cluster: ClusterView, now_s: float, rng: Random) -> Pick | None:
         return self._policy.pick(waiting, cluster, now_s, rng)
 
@@ -37,6 +42,9 @@ class PullPlans:
 
     def note_lost(self, node: NodeView) -> None:
         self._policy.note_lost(node)
+
+    def note_draining(self, node: NodeView) -> None:
+        self._policy.note_draining(node)
 
     def note_load(self, node: NodeView, load: NodeLoad) -> None:
         self._policy.note_load(node, load)
@@ -48,8 +56,11 @@ class PullPlans:
             self._plans[attempt_id] = decision.pull_from, decision.num_pull_tokens
         self._policy.note_placed(attempt_id, request, decision, now_s)
 
-    def note_prefilled(self, node_id: NodeId, report: PrefillFinished, now_s: float) -> None:
-        self._policy.note_prefilled(node_id, report, now_s)
+    def note_prefilled(self, node: NodeView, reports: Sequence[PrefillFinished], now_s: float) -> None:
+        self._policy.note_prefilled(node, reports, now_s)
+
+    def note_handed_over(self, node: NodeView, report: HandoffVerified, now_s: float) -> None:
+        self._policy.note_handed_over(node, report, now_s)
 
     def note_settled(self, node_id: NodeId, attempt_id: AttemptId, now_s: float) -> None:
         self._policy.note_settled(node_id, attempt_id, now_s)

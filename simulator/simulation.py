@@ -164,7 +164,7 @@ class Simulation:
             num_blocks=num_blocks,
             block_size=self._trace.block_tokens,
             max_num_seqs=self._costs.decode.max_num_seqs if is_limited else 2**31,
-            transfer_address=node_id if role is Role.DECODE else "",
+            transfer_address=node_id,
         )
         self._tell(NodeAttached(description))
 
@@ -229,8 +229,9 @@ class Simulation:
         node_id, attempt = NodeId(f"{Role.PREFILL}-{number}"), job.attempt
         if job.num_pulled_tokens:
             self._policy.note_pulled(node_id, job.num_pulled_tokens, job.pull_s)
+        waited_s = job.started_s - job.queued_s + job.pull_s
         reports: tuple[PrefillFinished | AttemptFinished, ...] = (
-            PrefillFinished(attempt, job.num_cached_tokens, job.started_s - job.queued_s, job.compute_s),
+            PrefillFinished(attempt, job.num_cached_tokens, waited_s, job.compute_s),
         )
         num_left = self._num_output(job.request) - 1
         if not num_left:

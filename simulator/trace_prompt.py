@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvrelay.core.ids import NodeId
-from kvrelay.router.block_index import BlockIndex, PrefixMatch
+from kvrelay.router.block_index import BlockIndex, BlockKeys, PrefixMatch
 from kvrelay.router.placement import NodeView, PlacementRequest
 
 
@@ -40,16 +40,16 @@ class TracePrefixes:
         """Give a node its place in the index."""
         self._slots[node_id] = slot
 
-    def keys(self, request: PlacementRequest, node: NodeView) -> Sequence[int]:
+    def keys(self, request: PlacementRequest, node: NodeView) -> BlockKeys:
         """See `PrefixSource`."""
         prompt = request.token_ids
         assert isinstance(prompt, TracePrompt)
         return prompt.block_keys
 
-    def match_prefix(self, keys: Sequence[int]) -> PrefixMatch:
+    def match_prefix(self, keys: BlockKeys) -> PrefixMatch:
         """See `PrefixSource`."""
         return self.index.match_prefix(keys)
 
-    def index_slot(self, node_id: NodeId) -> int:
+    def index_slot(self, node: NodeView) -> int:
         """See `PrefixSource`."""
-        return self._slots[node_id]
+        return self._slots[node.description.node_id]

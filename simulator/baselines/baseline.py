@@ -39,6 +39,6 @@ class Prompt:
 
 def least(values: Floats | Ints, fleet: PrefillFleet, rng: Random) -> int:
     """The slot of the least value, of equal ones one at random."""
-    of_present = np.where(fleet.is_present, values, np.inf)
+    of_present = np.where(fleet.is_open, values, np.inf)
     slots = np.flatnonzero(of_present <= of_present.min() + 1e-12)
     return int(slots[rng.randrange(len(slots))]) if len(slots) > 1 else int(slots[0])

@@ -53,7 +53,7 @@ class SGLangCacheAware(SingleFleetPolicy):
         if len(self._routed_blocks) < fleet.slots.size:
             more = np.zeros(fleet.slots.size - len(self._routed_blocks), np.int64)
             self._routed_blocks = np.concatenate([self._routed_blocks, more])
-        loads = fleet.num_pending[fleet.is_present]
+        loads = fleet.num_pending[fleet.is_open]
         most, fewest = int(loads.max()), int(loads.min())
         if most - fewest > BALANCE_ABS and most > BALANCE_REL * fewest:
             return least(fleet.num_pending, fleet, rng)

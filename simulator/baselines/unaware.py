@@ -24,7 +24,7 @@ class RandomNode(SingleFleetPolicy):
         self, request: PlacementRequest, fleet: PrefillFleet, now_s: float, rng: Random
     ) -> PrefillChoice:
         """See `SingleFleetPolicy`."""
-        slots = np.flatnonzero(fleet.is_present)
+        slots = np.flatnonzero(fleet.is_open)
         return Prompt(request, fleet).on(int(slots[rng.randrange(len(slots))]))
 
 
@@ -43,7 +43,7 @@ class RoundRobin(SingleFleetPolicy):
         self, request: PlacementRequest, fleet: PrefillFleet, now_s: float, rng: Random
     ) -> PrefillChoice:
         """See `SingleFleetPolicy`."""
-        slots = np.flatnonzero(fleet.is_present)
+        slots = np.flatnonzero(fleet.is_open)
         slot = int(slots[self._next % len(slots)])
         self._next += 1
         return Prompt(request, fleet).on(slot)

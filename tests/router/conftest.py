@@ -31,7 +31,7 @@ from kvrelay.core.node_messages import (
 )
 from kvrelay.core.request import FinishReason, TokenRequest
 from kvrelay.core.sampling import SamplingParams
-from kvrelay.router.config import RouterCoreConfig
+from kvrelay.router.config import Placement, RouterCoreConfig
 from kvrelay.router.core import RouterCore
 from kvrelay.router.events import (
     DeliverFailed,
@@ -50,8 +50,9 @@ from kvrelay.router.events import (
     SessionId,
     Ticked,
 )
-from kvrelay.router.least_loaded import LeastLoaded
+from kvrelay.router.kv_intake import KVIntake
 from kvrelay.router.placement import PlacementPolicy
+from kvrelay.router.policies import make_policy
 
 FINGERPRINT = KVFingerprint("tiny", "float32", 2, 1, 4, "rope")
 
@@ -80,7 +81,7 @@ def describe_node(node_id: str, **changes: object) -> NodeDescription:
 class Transcript:
     """Drives one core on a clock that the test sets."""
 
-    def __init__(self, policy: PlacementPolicy | None = None, **config: object) -> None:
+    def __init__(self, placement: Placement | PlacementPolicy = "least-loaded", **config: object) -> None:
         defaults: dict[str, object] = {
             "growth_tokens": 8,
             "max_early_tokens": 4,
@@ -88,7 +89,9 @@ class Transcript:
             "retry_pause_s": 0.2,
         }
         self.config = RouterCoreConfig(**(defaults | config))  # type: ignore[arg-type]
-        self.core = RouterCore(self.config, 7, policy or LeastLoaded(), Random(1))
+        kv = KVIntake(self.config)
+        policy = make_policy(placement, kv.index) if isinstance(placement, str) else placement
+        self.core = RouterCore(self.config, 7, policy, Random(1), kv)
         self.now_s = 0.0
         self.checks_invariants = True
         self.effects: list[Effect] = []

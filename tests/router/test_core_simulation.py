@@ -26,7 +26,7 @@ from kvrelay.core.node_messages import (
 )
 from kvrelay.core.request import FinishReason, TokenRequest
 from kvrelay.core.sampling import SamplingParams
-from kvrelay.router.config import RouterCoreConfig
+from kvrelay.router.config import PLACEMENTS, Placement, RouterCoreConfig
 from kvrelay.router.core import RouterCore
 from kvrelay.router.events import (
     DeliverFailed,
@@ -41,6 +41,9 @@ from kvrelay.router.events import (
     SessionId,
     Ticked,
 )
+from kvrelay.router.fleet_policy import FleetPolicy
+from kvrelay.router.kv_intake import KVIntake
+from kvrelay.router.policies import make_policy
 from tests.router.pulling_policy import PullsAtRandom
 
 from .fake_model import CONTEXT_TOKENS, EOS, right_answer
@@ -67,7 +70,7 @@ class Client:
 class World:
     """Clock, nodes, clients and the core under test."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, placement: Placement = "kvrelay") -> None:
         self.rng = Random(seed)
         self.now_s = 0.0
         self.counter = count()
@@ -84,7 +87,9 @@ class World:
             growth_tokens=8, max_early_tokens=64, max_attempts=6, node_wait_s=3.0, queue_timeout_s=20.0,
             max_queued_requests=self.rng.choice([4, 100]), max_prefill_tokens_per_node=64,
         )  # fmt: skip
-        self.core = RouterCore(config, seed, PullsAtRandom(), Random(seed))
+        kv = KVIntake(config)
+        self.policy = make_policy(placement, kv.index)
+        self.core = RouterCore(config, seed, PullsAtRandom(self.policy), Random(seed), kv)
         self.nodes = {
             name: FakeNode(self, self._describe(name))
             for name in ["p0", "p1", "p2"][: self.rng.randint(1, 3)]
@@ -279,6 +284,8 @@ def check_end(world: World) -> None:
     for node in status.nodes:
         assert (node.num_in_flight, node.outstanding_prefill_tokens, node.reserved_blocks) == (0, 0, 0)
         assert not node.is_index_stale
+    if isinstance(world.policy, FleetPolicy):
+        assert world.policy.num_tracked == 0
     check_index(world)
 
 
@@ -293,8 +300,10 @@ def check_index(world: World) -> None:
     assert cluster.block_index.num_entries == sum(len(node.cache.keys) for node in attached)
 
 
-def play(seed: int, num_requests: int = 40, num_incidents: int = 8) -> World:
-    world = World(seed)
+def play(
+    seed: int, num_requests: int = 40, num_incidents: int = 8, placement: Placement = "kvrelay"
+) -> World:
+    world = World(seed, placement)
     try:
         world.run(num_requests, num_incidents)
         check_end(world)
@@ -307,6 +316,12 @@ def play(seed: int, num_requests: int = 40, num_incidents: int = 8) -> World:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_whatever_fails_tokens_are_exact_and_books_end_empty(seed: int) -> None:
     play(seed)
+
+
+@pytest.mark.parametrize("seed", SEEDS[:15])
+@pytest.mark.parametrize("placement", PLACEMENTS[1:])
+def test_the_other_policies_keep_the_books_too(placement: Placement, seed: int) -> None:
+    play(seed, placement=placement)
 
 
 def test_without_faults_every_request_is_answered() -> None:

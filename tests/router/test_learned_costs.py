@@ -16,7 +16,7 @@ def teach(costs: PrefillCosts, num: int, noise: float = 0.0, factors: tuple[floa
         slot = number % len(factors)
         new, cached = rng.randrange(50, 20_000), rng.randrange(0, 20_000)
         seconds = 0.02 + 6e-5 * new + 3e-9 * new * (cached + new / 2)
-        costs.observe(slot, new, cached, factors[slot] * seconds * rng.uniform(1 - noise, 1 + noise))
+        costs.observe(slot, ((new, cached),), factors[slot] * seconds * rng.uniform(1 - noise, 1 + noise))
 
 
 def test_a_model_far_from_the_prior_is_learned() -> None:
@@ -30,7 +30,7 @@ def test_noise_and_single_stalls_do_not_upset_it() -> None:
     costs = PrefillCosts(1)
     teach(costs, 300, noise=0.1)
     before = costs.seconds(8000, np.array([0]))[0]
-    costs.observe(0, 5000, 0, 500.0)
+    costs.observe(0, ((5000, 0),), 500.0)
     assert costs.seconds(8000, np.array([0]))[0] == pytest.approx(before, rel=0.2)
 
 

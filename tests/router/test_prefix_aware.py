@@ -1,6 +1,5 @@
 """The policy `kvrelay`: who gets which prompt, and who waits."""
 
-from collections.abc import Sequence
 from random import Random
 from typing import Any
 
@@ -8,7 +7,7 @@ import pytest
 
 from kvrelay.core.ids import AttemptId, NodeId, RequestId
 from kvrelay.core.node_messages import NodeLoad, PrefillFinished
-from kvrelay.router.block_index import BlockIndex, PrefixMatch
+from kvrelay.router.block_index import BlockIndex, BlockKeys, PrefixMatch
 from kvrelay.router.cluster_state import ClusterState, NodeState
 from kvrelay.router.config import RouterCoreConfig
 from kvrelay.router.placement import Decision, NodeView, Pick, PlacementRequest
@@ -24,14 +23,14 @@ class Prefixes:
     def __init__(self) -> None:
         self.index = BlockIndex(10_000, len(SLOTS))
 
-    def keys(self, request: PlacementRequest, node: NodeView) -> Sequence[int]:
+    def keys(self, request: PlacementRequest, node: NodeView) -> BlockKeys:
         return list(request.token_ids[::BLOCK])
 
-    def match_prefix(self, keys: Sequence[int]) -> PrefixMatch:
+    def match_prefix(self, keys: BlockKeys) -> PrefixMatch:
         return self.index.match_prefix(keys)
 
-    def index_slot(self, node_id: NodeId) -> int:
-        return SLOTS.index(node_id)
+    def index_slot(self, node: NodeView) -> int:
+        return SLOTS.index(node.description.node_id)
 
 
 class Scene:
@@ -45,6 +44,7 @@ class Scene:
         self.num_attempts = 0
         for node_id in SLOTS:
             changes = {"num_blocks": 1000, "block_size": BLOCK, "max_model_len": 100_000}
+            changes |= {"transfer_address": f"{node_id}:1"}
             node = self.cluster.add_node(say.describe_node(node_id, **changes), 0.0)
             self.policy.note_attached(node, 0.0)
 
@@ -63,6 +63,11 @@ class Scene:
         self.num_attempts += 1
         self.policy.note_placed(AttemptId(self.num_attempts), request, picked.decision, now_s)
         return picked.decision
+
+    def finish(self, node_id: str, attempt: int, compute_s: float, now_s: float) -> None:
+        """The node's prefill of that attempt is computed."""
+        report = PrefillFinished(AttemptId(attempt), 0, 0.0, compute_s)
+        self.policy.note_prefilled(self.node(node_id), (report,), now_s)
 
     def keep_busy(self, *node_ids: str) -> None:
         """By a prompt that only they hold."""
@@ -102,7 +107,7 @@ def test_a_busy_holder_is_pulled_from_where_that_is_quicker_than_computing(scene
 def test_a_prompt_waits_while_every_node_is_busy_and_goes_to_the_first_that_is_free(scene: Scene) -> None:
     scene.keep_busy("p1", "p2", "p3")
     assert scene.pick(prompt("r", 1, 2)) is None
-    scene.policy.note_prefilled(NodeId("p3"), PrefillFinished(AttemptId(3), 0, 0.0, 0.1), 1.1)
+    scene.finish("p3", 3, 0.1, now_s=1.1)
     assert scene.place(prompt("r", 1, 2), 1.1).prefill_node == "p3"
 
 
@@ -132,8 +137,7 @@ def test_equals_share_what_is_new(scene: Scene) -> None:
     for number in range(6):
         decision = scene.place(prompt(f"r{number}", 1000 + number), 1.0 + number)
         chosen.append(decision.prefill_node)
-        report = PrefillFinished(AttemptId(scene.num_attempts), 0, 0.0, 0.01)
-        scene.policy.note_prefilled(decision.prefill_node, report, 1.5 + number)
+        scene.finish(decision.prefill_node, scene.num_attempts, 0.01, now_s=1.5 + number)
     assert {chosen.count(NodeId(name)) for name in ("p1", "p2", "p3")} == {2}
 
 
@@ -157,7 +161,6 @@ def test_what_other_routers_sent_counts_as_backlog(scene: Scene) -> None:
 def test_a_lost_node_is_forgotten_with_what_was_on_its_way_there(scene: Scene) -> None:
     scene.keep_busy("p1", "p2", "p3")
     scene.policy.note_lost(scene.node("p2"))
-    scene.policy.note_prefilled(NodeId("p2"), PrefillFinished(AttemptId(2), 0, 0.0, 0.1), 1.1)
     assert scene.pick(prompt("r", 1)) is None
     scene.policy.note_attached(scene.node("p2"), 2.0)
     assert scene.place(prompt("r", 1)).prefill_node == "p2"
@@ -172,9 +175,7 @@ def test_without_room_to_decode_nothing_is_placed(scene: Scene) -> None:
     placed = 0
     while (picked := scene.pick(request := prompt(f"r{placed}", 5000 + placed))) is not None:
         scene.policy.note_placed(AttemptId(100 + placed), request, picked.decision, 1.0)
-        scene.policy.note_prefilled(
-            picked.decision.prefill_node, PrefillFinished(AttemptId(100 + placed), 0, 0.0, 0.01), 1.0
-        )
+        scene.finish(picked.decision.prefill_node, 100 + placed, 0.01, now_s=1.0)
         placed += 1
     assert placed == 8, "two nodes of four places each"
 

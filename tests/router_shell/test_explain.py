@@ -43,9 +43,12 @@ async def test_a_placement_is_explained_while_its_request_lives_and_afterwards(r
     assert ended.decision == live.decision
     assert (ended.decision.prefill_node, ended.decision.decode_node) == ("p0", "d0")
     candidates = {candidate.node_id: candidate for candidate in ended.decision.candidates}
-    assert [name for name, _ in candidates["p0"].terms] == ["outstanding_tokens", "new_tokens"]
+    terms = dict(candidates["p0"].terms)
+    assert {"queue_s", "pull_s", "prefill_s", "others_s", "cached_tokens"} <= set(terms)
+    assert {"handoff_s", "decode_s", "itl_s", "held_tokens"} <= {name for name, _ in candidates["d0"].terms}
     assert candidates["d1"].role is Role.DECODE
-    assert candidates["d1"].objection == "the sequence has 20 tokens, it takes 16"
+    assert candidates["d1"].objection == "the sequence is too long for it"
+    assert ended.decision.predicted_ttft_s > 0
     measured = ended.measured
     assert (measured.state, measured.finish_reason) == ("done", FinishReason.LENGTH)
     assert (measured.num_output_tokens, measured.num_attempts, measured.num_cached_tokens) == (6, 1, 0)
