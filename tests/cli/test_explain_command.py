@@ -6,7 +6,10 @@ import json
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from kvrelay.cli.explanation_view import plain_text
+from kvrelay.core.ids import NodeId
 from kvrelay.core.request import FinishReason
 
 DONE = {
@@ -63,6 +66,29 @@ def test_what_is_not_known_yet_is_said_to_be_so(make_explanation: Any) -> None:
     assert "KV moved   nothing" in text
     assert "prefilling; 2.0 ms until its first placement" in text
     assert "error" not in text
+
+
+@pytest.mark.parametrize(
+    ("measured", "text"),
+    [
+        ({}, "512 tokens from p0; its node has not reported the prefill"),
+        (
+            {**DONE, "num_pulled_tokens": 480, "pull_s": 0.012},
+            "512 tokens from p0; 480 came in 12.0 ms",
+        ),
+        (
+            {**DONE, "pull_s": 0.5, "pull_error": "TRANSFER_TIMEOUT"},
+            "512 tokens from p0; 0 came in 500.0 ms, failed with TRANSFER_TIMEOUT",
+        ),
+    ],
+    ids=["not yet", "came", "failed"],
+)
+def test_a_pull_is_shown_as_planned_beside_what_came_of_it(
+    make_explanation: Any, measured: dict[str, Any], text: str
+) -> None:
+    explanation = make_explanation(**measured)
+    decision = replace(explanation.decision, pull_from=NodeId("p0"), num_pull_tokens=512)
+    assert f"pull       {text}" in plain_text(replace(explanation, decision=decision)).splitlines()
 
 
 def test_an_attempt_that_came_to_nothing_is_told_on_one_line(make_explanation: Any) -> None:

@@ -9,6 +9,8 @@ import pytest
 from kvrelay.core.ids import AttemptId, RequestId
 from kvrelay.core.kv import KVFingerprint
 from kvrelay.core.node_messages import DrainStarted, KVReleased, PrefillFinished
+from kvrelay.router.metrics import RouterMetrics
+from kvrelay.router.state_report import cluster_state
 
 from .pulling_policy import OrdersPulls
 
@@ -64,6 +66,21 @@ def test_the_report_and_the_explanation_tell_what_was_pulled(pulling: Transcript
     assert (explanation.decision.pull_from, explanation.decision.num_pull_tokens) == ("p2", 2)
     measured = explanation.measured
     assert (measured.num_pulled_tokens, measured.pull_s, measured.pull_error) == (2, 0.05, "")
+
+
+def test_metrics_count_pulls_and_what_came_of_them(pulling: Transcript, say: Any) -> None:
+    pulling.submit()
+    pulling.report("p2", say.released(2))
+    pulled(pulling, say)
+    metrics = RouterMetrics()
+    metrics.watch(lambda: cluster_state(pulling.core.status(0.0), "router", 0.0))
+    lines = metrics.exposition().decode().splitlines()
+    for line in (
+        "kvrelay_pulls_total 1.0",
+        "kvrelay_pulls_failed_total 0.0",
+        "kvrelay_pulled_tokens_total 2.0",
+    ):
+        assert line in lines
 
 
 def test_a_decode_node_may_be_the_holder_even_the_attempts_own(new_transcript: Any, say: Any) -> None:
