@@ -69,6 +69,7 @@ def _rendered(explanation: Explanation) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
+    from kvrelay.cli.explanation_terms import comparison_rows, meaning_lines
     from kvrelay.cli.explanation_view import candidate_rows, headline, outcome_lines
     from kvrelay.core.node_messages import Role
 
@@ -79,4 +80,12 @@ def _rendered(explanation: Explanation) -> RenderableType:
         for row in rows:
             table.add_row(*map(Text, row))
         tables.append(table)
-    return Group(Text(headline(explanation), style="bold"), *tables, *map(Text, outcome_lines(explanation)))
+    meanings = (Text(line, style="dim") for line in meaning_lines(explanation.decision))
+    if rows := comparison_rows(explanation):
+        columns, *rows = rows
+        compared = Table(*columns)
+        for row in rows:
+            compared.add_row(*map(Text, row))
+        tables.append(compared)
+    outcome = map(Text, outcome_lines(explanation))
+    return Group(Text(headline(explanation), style="bold"), *tables, *meanings, *outcome)

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Final
 
 from kvrelay.cli.answer_report import format_bytes, format_ms
+from kvrelay.cli.explanation_terms import comparison_rows, meaning_lines
 from kvrelay.cli.faults import printable
 from kvrelay.cli.status_view import format_duration
 from kvrelay.cli.text_table import aligned_lines
@@ -45,7 +46,7 @@ def outcome_lines(explanation: Explanation) -> list[str]:
     rows = {
         "placement": f"{decision.prefill_node} -> {decision.decode_node}{attempts}",
         "TTFT": _ttft(explanation),
-        **({} if decision.pull_from is None else {"pull": _pull(explanation)}),
+        "pull": _pull(explanation),
         "prefill": _prefill(measured),
         "KV moved": _kv_moved(measured),
         "request": _request(measured),
@@ -54,7 +55,7 @@ def outcome_lines(explanation: Explanation) -> list[str]:
         # Of a request that goes on or went well it tells why there was more than one attempt.
         name = "error" if measured.state == "failed" else "last error"
         rows[name] = f"{measured.error_code}: {printable(measured.error_message)}"
-    return [f"{name:<10} {text}" for name, text in rows.items()]
+    return [f"{name:<10} {text}" for name, text in rows.items() if text]
 
 
 def plain_text(explanation: Explanation) -> str:
@@ -62,6 +63,8 @@ def plain_text(explanation: Explanation) -> str:
     lines = [headline(explanation), ""]
     for role in Role:
         lines += [*aligned_lines(candidate_rows(explanation, role)), ""]
+    for section in (meaning_lines(explanation.decision), aligned_lines(comparison_rows(explanation))):
+        lines += [*section, ""] if section else []
     return "\n".join([*lines, *outcome_lines(explanation)])
 
 
@@ -71,7 +74,8 @@ def explanation_as_json(explanation: Explanation) -> dict[str, object]:
     decision["candidates"] = [
         {**asdict(candidate), "terms": dict(candidate.terms)} for candidate in explanation.decision.candidates
     ]
-    return {**asdict(explanation), "decision": decision}
+    measured = {**asdict(explanation.measured), "itl_s": explanation.measured.itl_s}
+    return {**asdict(explanation), "decision": decision, "measured": measured}
 
 
 def _candidate_row(candidate: Candidate, names: list[str], is_chosen: bool) -> tuple[str, ...]:
@@ -100,7 +104,10 @@ def _ttft(explanation: Explanation) -> str:
 
 
 def _pull(explanation: Explanation) -> str:
+    """Empty: there is none."""
     decision, measured = explanation.decision, explanation.measured
+    if decision.pull_from is None:
+        return ""
     planned = f"{decision.num_pull_tokens} tokens from {decision.pull_from}"
     if measured.num_cached_tokens is None:
         return f"{planned}; its node has not reported the prefill"

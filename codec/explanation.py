@@ -16,6 +16,9 @@ from kvrelay.v1 import router_pb2
 
 MAX_CANDIDATES: Final = 65_536
 MAX_TERMS: Final = 64
+_MEASURED_TIMES: Final = (
+    "ttft_s", "total_s", "placed_ttft_s", "prefill_queue_s", "prefill_compute_s", "handoff_s",
+)  # fmt: skip
 
 
 def encode_explanation(explanation: Explanation) -> router_pb2.ExplainResponse:
@@ -123,13 +126,22 @@ def _encode_measured(measured: MeasuredRequest) -> router_pb2.MeasuredRequest:
         num_pulled_tokens=measured.num_pulled_tokens,
         pull_s=measured.pull_s,
         pull_error=measured.pull_error,
+        handoff_s=measured.handoff_s,
+        num_held_tokens=measured.num_held_tokens,
     )
 
 
 def _decode_measured(pb: router_pb2.MeasuredRequest) -> MeasuredRequest:
     times: dict[str, Any] = {
         name: _optional_seconds(pb, name, "measured")
-        for name in ("ttft_s", "total_s", "placed_ttft_s", "prefill_queue_s", "prefill_compute_s")
+        for name in (
+            "ttft_s",
+            "total_s",
+            "placed_ttft_s",
+            "prefill_queue_s",
+            "prefill_compute_s",
+            "handoff_s",
+        )
     }
     return MeasuredRequest(
         state=text(pb.state, "measured.state", MAX_NAME_CHARS, is_required=True),
@@ -143,6 +155,7 @@ def _decode_measured(pb: router_pb2.MeasuredRequest) -> MeasuredRequest:
         error_code=text(pb.error_code, "measured.error_code", MAX_NAME_CHARS),
         error_message=cut(pb.error_message),
         num_cached_tokens=pb.num_cached_tokens if pb.HasField("num_cached_tokens") else None,
+        num_held_tokens=pb.num_held_tokens if pb.HasField("num_held_tokens") else None,
         kv_bytes=pb.kv_bytes,
         kv_seconds=seconds(pb.kv_seconds, "measured.kv_seconds"),
         kv_transport=text(pb.kv_transport, "measured.kv_transport", MAX_NAME_CHARS),

@@ -57,7 +57,8 @@ class MeasuredRequest:
     Of the latest placement alone: `placed_ttft_s` from the placement to its first token at this router;
     `num_cached_tokens`, pulled ones included, `num_pulled_tokens`, `pull_s`, `pull_error`, `prefill_queue_s`
     and `prefill_compute_s` as the prefill node reported them; what the decode node said of the handoff once
-    it had verified it (0 and empty before).
+    it had verified it (0 and empty before); `handoff_s` from the prefill's end to that, as the router saw
+    both, and `num_held_tokens` that it had already.
     """
 
     state: str
@@ -80,6 +81,15 @@ class MeasuredRequest:
     num_pulled_tokens: int = 0
     pull_s: float = 0.0
     pull_error: str = ""
+    handoff_s: float | None = None
+    num_held_tokens: int | None = None
+
+    @property
+    def itl_s(self) -> float | None:
+        """Mean gap between two tokens of a request that has ended; None: it has not, or there were none."""
+        if self.total_s is None or self.ttft_s is None or self.num_output_tokens < 2:
+            return None
+        return (self.total_s - self.ttft_s) / (self.num_output_tokens - 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ nodes of one kind, with a factor for each node, and for each pair's link.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from typing import Final
 
@@ -26,6 +27,12 @@ _HANDOFF_PRIOR: Final = (0.003, 3e-7)
 _MEMORY: Final = 0.97
 _FACTOR_PRIOR: Final = 1.0
 """Observations that the first guess, a factor of 1, weighs as much as."""
+_FIRST_VARIANCE: Final = 0.25
+"""Of ratios, while few were seen."""
+_SAME_WITHIN: Final = 0.1
+_SAME_WITHIN_ERRORS: Final = 3.0
+"""Things that differ by less than this, or by less than so many standard errors, count as alike: else noise
+would take a session away from where its KV is."""
 _MAX_STEP: Final = 4.0
 """One observation tells of at most so many times what was expected: a stall is no slow node."""
 _MAX_FACTOR: Final = 1000.0
@@ -34,33 +41,46 @@ _MAX_LINKED_NODES: Final = 4096
 
 
 class Factors:
-    """By slot, how much longer things take than the model says: a mean that forgets, drawn towards 1."""
+    """By slot, how much longer things take than the model says: a mean that forgets, drawn towards 1, and 1
+    until it is clear that it is another."""
 
     def __init__(self) -> None:
         self.values: Floats = np.ones(0)
-        self._ratios: Floats = np.zeros(0)
-        self._weights: Floats = np.zeros(0)
+        self._is_new: NDArray[np.bool_] = np.ones(0, np.bool_)
+        self._sums: Floats = np.zeros((0, 3))
+        """By slot: of weights, of weighted ratios, of weighted squares of ratios."""
 
     def resize(self, num_slots: int) -> None:
         """Keep what is known of the slots so far."""
         more = num_slots - len(self.values)
         self.values = np.concatenate([self.values, np.ones(more)])
-        self._ratios = np.concatenate([self._ratios, np.zeros(more)])
-        self._weights = np.concatenate([self._weights, np.zeros(more)])
+        self._is_new = np.concatenate([self._is_new, np.ones(more, np.bool_)])
+        self._sums = np.concatenate([self._sums, np.zeros((more, 3))])
 
     def forget(self, slot: int) -> None:
         """Something else takes this slot."""
         if slot < len(self.values):
-            self.values[slot], self._ratios[slot], self._weights[slot] = 1.0, 0.0, 0.0
+            self.values[slot], self._sums[slot], self._is_new[slot] = 1.0, 0.0, True
+
+    def note_first(self, slot: int) -> bool:
+        """Whether it is asked for the first time about what is in this slot."""
+        is_first = bool(self._is_new[slot])
+        self._is_new[slot] = False
+        return is_first
 
     def observe(self, slot: int, ratio: float) -> None:
         """It took so many times what the model says."""
         usual = float(self.values[slot])
         cut = min(max(ratio, usual / _MAX_STEP), usual * _MAX_STEP)
-        self._ratios[slot] = self._ratios[slot] * _MEMORY + cut
-        self._weights[slot] = self._weights[slot] * _MEMORY + 1.0
-        mean = (self._ratios[slot] + _FACTOR_PRIOR) / (self._weights[slot] + _FACTOR_PRIOR)
-        self.values[slot] = min(max(mean, 1.0 / _MAX_FACTOR), _MAX_FACTOR)
+        sums = self._sums[slot]
+        sums *= _MEMORY
+        sums += (1.0, cut, cut * cut)
+        weight, total, squares = sums.tolist()
+        mean = (total + _FACTOR_PRIOR) / (weight + _FACTOR_PRIOR)
+        variance = max(0.0, squares / weight - (total / weight) ** 2)
+        error = math.sqrt((variance + _FIRST_VARIANCE / weight) / weight)
+        is_alike = abs(mean - 1.0) <= max(_SAME_WITHIN, _SAME_WITHIN_ERRORS * error)
+        self.values[slot] = 1.0 if is_alike else min(max(mean, 1.0 / _MAX_FACTOR), _MAX_FACTOR)
 
 
 class StepCosts:
@@ -102,13 +122,16 @@ class HandoffCosts:
         return typical * link.values[: len(typical)]
 
     def observe(self, prefill_node: NodeId, slot: int, num_tokens: int, measured_s: float) -> None:
-        """A handoff of so many tokens took so long."""
+        """A handoff of so many tokens took so long. A pair's first one is not learned from: it took the time
+        to connect, too."""
         features = (1.0, float(num_tokens))
         link = self._links.setdefault(prefill_node, Factors())
         self._links.move_to_end(prefill_node)
         if len(self._links) > _MAX_LINKED_NODES:
             self._links.popitem(last=False)
         link.resize(max(slot + 1, len(link.values)))
+        if link.note_first(slot):
+            return
         factor = float(link.values[slot])
         link.observe(slot, measured_s / self._fit.expected(features))
         self._fit.observe(features, measured_s / factor)

@@ -85,8 +85,8 @@ class Side:
 class RequestEntry:
     """One accepted request. `request` is as submitted, with its seed; the output lives in `merge`.
 
-    The nodes, `prefilled` and `handoff` are the latest attempt's. `last_error` is why the request failed, or
-    the last attempt that came to nothing.
+    The nodes, `prefilled`, `handoff`, when they came, and what the decode node held are the latest attempt's.
+    `last_error` is why the request failed, or the last attempt that came to nothing.
     """
 
     serial: int
@@ -116,6 +116,9 @@ class RequestEntry:
     decode_node: str = ""
     prefilled: PrefillFinished | None = None
     handoff: HandoffVerified | None = None
+    prefilled_s: float | None = None
+    handed_over_s: float | None = None
+    num_held_tokens: int | None = None
     finish_reason: FinishReason | None = None
 
     def move_to(self, state: RequestState) -> None:

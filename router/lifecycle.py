@@ -87,7 +87,8 @@ class Lifecycle:
     def _note_dispatch(self, entry: RequestEntry, decision: Decision, now_s: float) -> None:
         entry.num_attempts += 1
         entry.prefill_node, entry.decode_node = decision.prefill_node, decision.decode_node
-        entry.prefilled, entry.handoff = None, None
+        entry.prefilled, entry.handoff, entry.num_held_tokens = None, None, None
+        entry.prefilled_s, entry.handed_over_s = None, None
         if entry.first_dispatch_s is None:
             entry.first_dispatch_s = now_s
         self.counters.num_attempts += 1

@@ -99,7 +99,16 @@ def _measure(entry: RequestEntry, placed_s: float, now_s: float) -> MeasuredRequ
         kv_bytes=handoff.num_bytes if handoff else 0,
         kv_seconds=handoff.seconds if handoff else 0.0,
         kv_transport=handoff.transport if handoff else "",
+        handoff_s=_handoff_s(entry),
+        num_held_tokens=entry.num_held_tokens,
     )
+
+
+def _handoff_s(entry: RequestEntry) -> float | None:
+    """0: the decode node's word came first."""
+    if entry.prefilled_s is None or entry.handed_over_s is None:
+        return None
+    return max(0.0, entry.handed_over_s - entry.prefilled_s)
 
 
 def _between(start_s: float, end_s: float | None) -> float | None:

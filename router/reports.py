@@ -87,8 +87,10 @@ def _apply_progress(
     elif isinstance(report, HandoffVerified):
         life.policy.note_handed_over(node, report, now_s)
         attempt.is_verified = True
-        attempt.entry.handoff = report
+        attempt.entry.handoff, attempt.entry.handed_over_s = report, now_s
         _move_if_decoding(attempt)
+    else:
+        attempt.entry.num_held_tokens = report.num_cached_tokens
 
 
 def _apply_prefill_finished(
@@ -102,7 +104,7 @@ def _apply_prefill_finished(
         return
     node.record_computed(attempt.prefill)
     life.has_news_for_queue = True
-    entry.prefilled = report
+    entry.prefilled, entry.prefilled_s = report, now_s
     life.pulls.count(attempt, report)
     life.effects.extend(life.pulls.release(attempt, now_s))
     entry.move_to(RequestState.HANDING_OFF)

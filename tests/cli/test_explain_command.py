@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from kvrelay.cli.explanation_view import plain_text
+from kvrelay.core.explanation import Candidate
 from kvrelay.core.ids import NodeId
+from kvrelay.core.node_messages import Role
 from kvrelay.core.request import FinishReason
 
 DONE = {
@@ -45,6 +47,15 @@ def test_a_placement_is_shown_with_the_chosen_node_first(
         "decode node score reserved_tokens objection",
         "d0 chosen 4096 4096 -",
         "",
+        "queue_s until the node starts on it",
+        "prefill_s to compute the rest",
+        "pull_s to fetch what another node holds of its prefix",
+        "",
+        "predicted measured",
+        "wait at the prefill node 0.0 ms 10.0 ms",
+        "prefill 50.0 ms 50.0 ms",
+        "TTFT from this placement 80.0 ms 90.0 ms",
+        "",
         "placement p2 -> d0",
         "TTFT predicted 80.0 ms; measured 90.0 ms from this placement, 100.0 ms from submission",
         "prefill 7 prompt tokens, 2 tokens cached; waited 10.0 ms on the node, computed 50.0 ms",
@@ -57,6 +68,26 @@ def test_a_policy_that_predicts_no_times_is_shown_as_such(make_explanation: Any)
     explanation = make_explanation(**DONE)
     blind = replace(explanation, decision=replace(explanation.decision, predicted_ttft_s=None))
     assert "TTFT       not predicted; measured 90.0 ms" in plain_text(blind)
+
+
+def test_each_prediction_stands_beside_what_became_of_it(make_explanation: Any) -> None:
+    explanation = make_explanation(**DONE, handoff_s=0.004, num_held_tokens=16)
+    decode = Candidate(
+        NodeId("d0"), Role.DECODE, 0.5, (("handoff_s", 0.003), ("itl_s", 0.5), ("held_tokens", 32.0))
+    )
+    prefill = Candidate(NodeId("p2"), Role.PREFILL, 0.1, (("cached_tokens", 5.0),))
+    decision = replace(
+        explanation.decision, candidates=(prefill, decode), pull_from=NodeId("p0"), num_pull_tokens=4
+    )
+    lines = [
+        " ".join(line.split()) for line in plain_text(replace(explanation, decision=decision)).splitlines()
+    ]
+    assert "cached tokens 5 2" in lines
+    assert "handoff 3.0 ms 4.0 ms" in lines
+    assert "tokens not sent 32 16" in lines
+    assert "gap between tokens 500.0 ms 550.0 ms" in lines
+    assert "held_tokens prompt tokens whose KV need not be sent (not in the score)" in lines
+    assert "pull 4 tokens from p0; 0 came in 0.0 ms" in lines
 
 
 def test_what_is_not_known_yet_is_said_to_be_so(make_explanation: Any) -> None:

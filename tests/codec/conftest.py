@@ -343,6 +343,8 @@ MEASURED = st.builds(
     num_pulled_tokens=COUNT,
     pull_s=SECONDS,
     pull_error=words(),
+    handoff_s=st.none() | SECONDS,
+    num_held_tokens=st.none() | COUNT,
 )
 EXPLANATION = st.builds(
     Explanation,

@@ -43,6 +43,13 @@ def test_a_slow_link_is_told_from_the_others_by_pair() -> None:
     assert costs.seconds(P2, columns(1000, 0))[1] < from_p2[0], "what is held is not sent"
 
 
+def test_a_pairs_first_handoff_which_connects_it_teaches_nothing() -> None:
+    costs = HandoffCosts()
+    before_s = costs.seconds(P1, columns(100, 100)).tolist()
+    costs.observe(P1, 0, 100, 60.0)
+    assert costs.seconds(P1, columns(100, 100)).tolist() == before_s
+
+
 def test_a_node_that_takes_another_ones_slot_starts_anew() -> None:
     costs = HandoffCosts()
     for _ in range(50):

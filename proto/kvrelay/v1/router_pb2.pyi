@@ -240,7 +240,7 @@ class ScoreTerm(_message.Message):
     def __init__(self, name: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
 
 class MeasuredRequest(_message.Message):
-    __slots__ = ("state", "num_attempts", "num_prompt_tokens", "num_output_tokens", "queue_s", "ttft_s", "total_s", "finish_reason", "error_code", "error_message", "placed_ttft_s", "num_cached_tokens", "prefill_queue_s", "prefill_compute_s", "kv_bytes", "kv_seconds", "kv_transport", "num_pulled_tokens", "pull_s", "pull_error")
+    __slots__ = ("state", "num_attempts", "num_prompt_tokens", "num_output_tokens", "queue_s", "ttft_s", "total_s", "finish_reason", "error_code", "error_message", "placed_ttft_s", "num_cached_tokens", "prefill_queue_s", "prefill_compute_s", "kv_bytes", "kv_seconds", "kv_transport", "num_pulled_tokens", "pull_s", "pull_error", "handoff_s", "num_held_tokens")
     STATE_FIELD_NUMBER: _ClassVar[int]
     NUM_ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -261,6 +261,8 @@ class MeasuredRequest(_message.Message):
     NUM_PULLED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PULL_S_FIELD_NUMBER: _ClassVar[int]
     PULL_ERROR_FIELD_NUMBER: _ClassVar[int]
+    HANDOFF_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_HELD_TOKENS_FIELD_NUMBER: _ClassVar[int]
     state: str
     num_attempts: int
     num_prompt_tokens: int
@@ -281,7 +283,9 @@ class MeasuredRequest(_message.Message):
     num_pulled_tokens: int
     pull_s: float
     pull_error: str
-    def __init__(self, state: _Optional[str] = ..., num_attempts: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_output_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., total_s: _Optional[float] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., error_code: _Optional[str] = ..., error_message: _Optional[str] = ..., placed_ttft_s: _Optional[float] = ..., num_cached_tokens: _Optional[int] = ..., prefill_queue_s: _Optional[float] = ..., prefill_compute_s: _Optional[float] = ..., kv_bytes: _Optional[int] = ..., kv_seconds: _Optional[float] = ..., kv_transport: _Optional[str] = ..., num_pulled_tokens: _Optional[int] = ..., pull_s: _Optional[float] = ..., pull_error: _Optional[str] = ...) -> None: ...
+    handoff_s: float
+    num_held_tokens: int
+    def __init__(self, state: _Optional[str] = ..., num_attempts: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_output_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., total_s: _Optional[float] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., error_code: _Optional[str] = ..., error_message: _Optional[str] = ..., placed_ttft_s: _Optional[float] = ..., num_cached_tokens: _Optional[int] = ..., prefill_queue_s: _Optional[float] = ..., prefill_compute_s: _Optional[float] = ..., kv_bytes: _Optional[int] = ..., kv_seconds: _Optional[float] = ..., kv_transport: _Optional[str] = ..., num_pulled_tokens: _Optional[int] = ..., pull_s: _Optional[float] = ..., pull_error: _Optional[str] = ..., handoff_s: _Optional[float] = ..., num_held_tokens: _Optional[int] = ...) -> None: ...
 
 class WatchClusterRequest(_message.Message):
     __slots__ = ("interval_s", "once")
