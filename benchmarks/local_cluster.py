@@ -77,12 +77,12 @@ def running_cluster(
     num_prefill: int,
     num_decode: int,
     node_args: Sequence[str],
-    more_router_args: Sequence[str] = (),
+    router_args: Sequence[str] = (),
     *,
     router_module: str = "kvrelay.cli",
 ) -> Iterator[tuple[str, list[LocalService]]]:
     """Router and nodes; yields the router's gRPC address and all services, the router first."""
-    router_args = ["--host", "127.0.0.1", "--port", "0", "--http-port", "0", *more_router_args]
+    router_args = ["--host", "127.0.0.1", "--port", "0", "--http-port", "0", *router_args]
     with ExitStack() as stack:
         router = stack.enter_context(running_service("router", router_args, module=router_module))
         address = router.ready["grpc_address"]

@@ -3,7 +3,8 @@
     state         what happened                     what follows
     ------------  --------------------------------  ---------------------------------------------------
     (new)         StartPrefill                      open the push, submit              -> PREFILLING
-                  StartPrefill with a pull          pull (see `pulling_core`)          -> PULLING
+                  StartPrefill with a pull, or
+                    of a prefix that is pulled      pull (see `pulling_core`)          -> PULLING
     PULLING       the pull is over, or failed       open the push, submit              -> PREFILLING
                   ReleaseKV, lease ran out          end with KVReleased
                   drain timed out                   end with AttemptFailed
@@ -68,14 +69,15 @@ class PrefillNodeCore(PullingNodeCore):
 
     def _first_state_of_role(self, command: HoldCommand) -> AttemptState:
         assert isinstance(command, StartPrefill)
-        return AttemptState.PREFILLING if command.pull is None else AttemptState.PULLING
+        waits = command.pull is not None or self._pull_to_follow(command.request) is not None
+        return AttemptState.PULLING if waits else AttemptState.PREFILLING
 
     def _start_of_role(self, attempt: Attempt, out: EffectBuffer) -> None:
         assert isinstance(attempt.command, StartPrefill)
-        if attempt.command.pull is None:
-            self._submit(attempt, out)
-        else:
+        if attempt.state is AttemptState.PULLING:
             self._start_pull(attempt, attempt.command, out)
+        else:
+            self._submit(attempt, out)
 
     def _prefill(self, attempt: Attempt, now_s: float, out: EffectBuffer) -> None:
         attempt.submitted_s = now_s

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from kvrelay.core.block_hash import DigestedTokens, root_hash
 from kvrelay.core.ids import TransferId
 from kvrelay.core.node_messages import StartPrefill
-from kvrelay.core.request import Prefix
+from kvrelay.core.request import Prefix, TokenRequest
 from kvrelay.engine.interface import Reservation, SequenceKey
 from kvrelay.kv_transfer.interface import ExpectedTransfer
 from kvrelay.node.attempt import Attempt, sequence_key
@@ -30,7 +30,7 @@ class PullState(StrEnum):
 @dataclass(slots=True, eq=False)
 class Pull:
     """Mutable; owned by a prefill node's core. Of `attempt`'s prefix, the first `num_here_tokens` tokens were
-    here already."""
+    here already. The `followers` are attempts whose prompts begin with that prefix, too, and wait for it."""
 
     attempt: Attempt
     transfer_id: TransferId
@@ -38,6 +38,17 @@ class Pull:
     prefix: Prefix
     state: PullState = PullState.RESERVING
     num_here_tokens: int = 0
+    followers: list[Attempt] = field(default_factory=list)
+
+    def brings_prefix_of(self, request: TokenRequest) -> bool:
+        """Whether the prompt begins with all that is on its way."""
+        if self.state not in (PullState.RESERVING, PullState.RECEIVING):
+            return False
+        prefix = self.prefix
+        return (
+            prefix.cache_salt == request.cache_salt
+            and prefix.token_ids == request.token_ids[: len(prefix.token_ids)]
+        )
 
     @property
     def has_transfer(self) -> bool:

@@ -15,6 +15,9 @@ The attempt is PULLING meanwhile, and the pull by itself goes so:
     CANCELLING    TransferCancelled                 free                               -> (gone)
     KEEPING       the engine has kept it            -                                  -> (gone)
 
+A prompt that begins with a prefix which is on its way for another one waits for that, as long as that takes,
+and pulls nothing itself: computed meanwhile, it would take longer and compute the same twice.
+
 Whatever becomes of the pull, the prompt is prefilled then, unless its attempt is ending: a failed pull costs
 time and nothing else. The engine takes commands in order, so what is freed or kept before the prompt is
 submitted is free or found by then, and what is freed before the attempt's own release is free when that is
@@ -28,6 +31,7 @@ from abc import abstractmethod
 from kvrelay.core.errors import KVRelayError, TransferCorrupt, TransferFailed, TransferTimeout
 from kvrelay.core.ids import TransferId
 from kvrelay.core.node_messages import Report, StartPrefill
+from kvrelay.core.request import TokenRequest
 from kvrelay.engine.interface import SequenceKey
 from kvrelay.kv_transfer.interface import PushFailed, ReceiveDone, ReceiveFailed
 from kvrelay.node.attempt import ENDING, Attempt, AttemptState, sequence_key
@@ -38,6 +42,8 @@ from kvrelay.node.events import (
     EngineDied,
     ExpectTransfer,
     KeepPrefix,
+    NodeEffect,
+    NodeEvent,
     PrefixHeld,
     PrefixKept,
     RefuseTransfer,
@@ -57,6 +63,11 @@ class PullingNodeCore(SendingNodeCore):
     def __init__(self, config: NodeCoreConfig) -> None:
         super().__init__(config)
         self._pulls: dict[SequenceKey, Pull] = {}
+        self._now_s = 0.0
+
+    def handle(self, event: NodeEvent, now_s: float) -> list[NodeEffect]:
+        self._now_s = now_s
+        return super().handle(event, now_s)
 
     @abstractmethod
     def _prefill(self, attempt: Attempt, now_s: float, out: EffectBuffer) -> None:
@@ -69,11 +80,25 @@ class PullingNodeCore(SendingNodeCore):
     def _is_known(self, key: SequenceKey) -> bool:
         return key in self._pulls or super()._is_known(key)
 
+    def _pull_to_follow(self, request: TokenRequest) -> Pull | None:
+        """The longest prefix of the prompt that is on its way already."""
+        found = [pull for pull in self._pulls.values() if pull.brings_prefix_of(request)]
+        return max(found, key=lambda pull: len(pull.prefix.token_ids), default=None)
+
     def _start_pull(self, attempt: Attempt, command: StartPrefill, out: EffectBuffer) -> None:
-        pull = new_pull(attempt, command)
+        """Have the attempt pull, or wait for a pull that brings as much or all that it may have."""
         assert attempt.state is AttemptState.PULLING
-        self._pulls[pull.key] = pull
-        out.add(ReservePrefix(pull.key, pull.prefix))
+        leading = self._pull_to_follow(command.request)
+        num_leading = 0 if leading is None else len(leading.prefix.token_ids)
+        pull = new_pull(attempt, command) if command.pull is not None else None
+        if pull is not None and len(pull.prefix.token_ids) > num_leading:
+            self._pulls[pull.key] = pull
+            out.add(ReservePrefix(pull.key, pull.prefix))
+            return
+        assert leading is not None
+        leading.followers.append(attempt)
+        if pull is not None:
+            out.add(RefuseTransfer(pull.transfer_id))
 
     # ---- what happens to a pull --------------------------------------------------------------------
 
@@ -106,6 +131,7 @@ class PullingNodeCore(SendingNodeCore):
         pull.state = PullState.KEEPING
         out.add(KeepPrefix(pull.key, event.num_tokens))
         self._prefill(pull.attempt, now_s, out)
+        self._let_followers_go(pull, out)
 
     def _on_prefix_kept(self, event: PrefixKept, now_s: float, out: EffectBuffer) -> None:
         pull = self._pulls.pop(event.key)
@@ -189,6 +215,13 @@ class PullingNodeCore(SendingNodeCore):
         if pull.state is PullState.RESERVING:
             out.add(RefuseTransfer(pull.transfer_id))
         out.add(ReleaseSequence(pull.key))
+        self._let_followers_go(pull, out)
+
+    def _let_followers_go(self, pull: Pull, out: EffectBuffer) -> None:
+        """Whatever could come has come: those that waited for it compute the rest."""
+        for attempt in pull.followers:
+            if attempt.state is AttemptState.PULLING:
+                self._prefill(attempt, self._now_s, out)
 
     def _compute_instead(self, pull: Pull, error: KVRelayError, now_s: float, out: EffectBuffer) -> None:
         pull.attempt.pull_error = error.code

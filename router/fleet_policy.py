@@ -123,14 +123,12 @@ class FleetPolicy(FirstComePolicy):
 
     def note_prefilled(self, node: NodeView, reports: Sequence[PrefillFinished], now_s: float) -> None:
         fleet = self._fleet_of(node)
-        if not isinstance(fleet, PrefillFleet):
-            return
-        node_id = node.description.node_id
-        fleet.note_computed(node_id, reports, now_s)
-        for report in reports:
-            self.note_pulled(node_id, report.num_pulled_tokens, report.pull_s)
-            for decode in self._decode.values():
-                decode.note_prefilled(report.attempt, now_s)
+        if isinstance(fleet, PrefillFleet):
+            fleet.note_computed(node.description.node_id, reports, now_s)
+            for report in reports:
+                fleet.pull_costs.observe(report.num_pulled_tokens, report.pull_s)
+                for decode in self._decode.values():
+                    decode.note_prefilled(report.attempt, now_s)
 
     def note_handed_over(self, node: NodeView, report: HandoffVerified, now_s: float) -> None:
         fleet = self._fleet_of(node)

@@ -199,7 +199,7 @@ class PrefillFleet:
         for report, sent in known:
             num_cached = min(report.num_cached_tokens, sent.num_tokens)
             work.append((sent.num_tokens - num_cached, num_cached))
-            passed_s = now_s - sent.sent_s - report.queue_s - report.compute_s
+            passed_s = now_s - sent.sent_s - report.pull_s - report.queue_s - report.compute_s
             self.overhead_s += _OVERHEAD_WEIGHT * (max(0.0, passed_s) - self.overhead_s)
         self.costs.observe(slot, work, max(report.compute_s for report, _ in known))
         for report, _ in known:

@@ -175,6 +175,18 @@ async def test_a_holder_without_any_of_it_costs_nothing_but_a_message(trio: Trio
     assert isinstance(end, AttemptRefused)
 
 
+async def test_a_prompt_that_comes_behind_a_pull_of_its_prefix_finds_it(trio: Trio) -> None:
+    request = request_of(8, 400)
+    other = TokenRequest((*request.token_ids[:384], *range(1, 50)), 433, SAMPLING)
+    await trio.answer(trio.start(request, "p"))
+    first, second = trio.start_pulling(request, "p", "q", 384), trio.start(other, "q")
+    assert await trio.answer(first) == alone(request)
+    assert await trio.answer(second) == alone(other)
+    report = await trio.prefilled("q", second)
+    assert (report.num_cached_tokens, report.num_pulled_tokens) == (384, 0)
+    await trio.until_idle()
+
+
 async def test_many_pulls_at_once_in_both_directions_leave_nothing(trio: Trio) -> None:
     requests = [request_of(seed, 100 + 20 * seed) for seed in range(12)]
     for request, prefill in zip(requests, "pq" * 6, strict=True):
