@@ -125,7 +125,9 @@ def measure(policy: str, options: argparse.Namespace) -> Figures:
     num_blocks = options.cached_groups * blocks + options.concurrency * blocks
     router_args = ["--placement", policy, "--num-remembered-decisions", str(options.requests)]
     node_args = ["--model", options.model, "--block-size", str(BLOCK_SIZE), "--num-blocks", str(num_blocks)]
-    if options.model != "sim":
+    if options.model == "sim":
+        node_args += ["--sim-prefill-token-s", str(options.sim_prefill_token_s)]
+    else:
         node_args += ["--threads", "1"]
     with running_cluster(options.prefill, options.decode, node_args, router_args) as (address, _):
         return figures_of(policy, asyncio.run(ask_all(address, make_prompts(options), options.concurrency)))
@@ -145,6 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--model", default="smollm2", help="a model's folder, smollm2 or sim")
+    parser.add_argument("--sim-prefill-token-s", type=float, default=2e-4, help="of the model sim")
     parser.add_argument("--policies", default="kvrelay,least-loaded,round-robin")
     for name, default in (
         ("prefill", 2), ("decode", 2), ("requests", 72), ("concurrency", 3), ("groups", 12),

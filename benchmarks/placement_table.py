@@ -21,7 +21,10 @@ from kvrelay.simulator.scenario import Scenario
 from kvrelay.simulator.summary import Summary
 from kvrelay.simulator.trace_file import read_trace
 
-POLICIES = ("kvrelay", "mooncake-pull", "mooncake", "dynamo", "sglang", "consistent-hash", "least-loaded")
+POLICIES = (
+    "kvrelay", "mooncake-pull", "mooncake", "dynamo", "sglang", "consistent-hash", "least-loaded", "random",
+    "round-robin",
+)  # fmt: skip
 LOADS, NODES, CACHES = (0.8, 1.0, 1.2), (8, 32), (1000, 8000)
 MAX_REQUESTS = 6000
 

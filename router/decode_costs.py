@@ -53,6 +53,8 @@ class Factors:
     def resize(self, num_slots: int) -> None:
         """Keep what is known of the slots so far."""
         more = num_slots - len(self.values)
+        if more <= 0:
+            return
         self.values = np.concatenate([self.values, np.ones(more)])
         self._is_new = np.concatenate([self._is_new, np.ones(more, np.bool_)])
         self._sums = np.concatenate([self._sums, np.zeros((more, 3))])
@@ -92,7 +94,7 @@ class StepCosts:
 
     def seconds(self, num_seqs: Ints, num_tokens: Ints) -> Floats:
         """Seconds of a step of so many sequences that hold so many tokens, on each node."""
-        base_s, seq_s, token_s = self._fit.coefficients.tolist()
+        base_s, seq_s, token_s = self._fit.coefficients
         seconds: Floats = (base_s + seq_s * num_seqs + token_s * num_tokens) * self.factors.values
         return seconds
 
@@ -110,15 +112,17 @@ class HandoffCosts:
     def __init__(self) -> None:
         self._fit = OnlineFit(_HANDOFF_PRIOR, 1e-6)
         self._links: OrderedDict[NodeId, Factors] = OrderedDict()
+        self.num_slots = 0
+        """Of decode nodes."""
 
     def seconds(self, prefill_node: NodeId, num_tokens: Ints) -> Floats:
         """Seconds from that node to each decode slot, when so many tokens' KV are to be sent."""
-        base_s, token_s = self._fit.coefficients.tolist()
-        typical: Floats = base_s + token_s * num_tokens
+        base_s, token_s = self._fit.coefficients
+        typical: Floats = np.asarray(base_s + token_s * num_tokens, np.float64)
         link = self._links.get(prefill_node)
         if link is None:
             return typical
-        link.resize(max(len(typical), len(link.values)))
+        link.resize(len(typical))
         return typical * link.values[: len(typical)]
 
     def observe(self, prefill_node: NodeId, slot: int, num_tokens: int, measured_s: float) -> None:
@@ -129,7 +133,7 @@ class HandoffCosts:
         self._links.move_to_end(prefill_node)
         if len(self._links) > _MAX_LINKED_NODES:
             self._links.popitem(last=False)
-        link.resize(max(slot + 1, len(link.values)))
+        link.resize(max(slot + 1, self.num_slots))
         if link.note_first(slot):
             return
         factor = float(link.values[slot])

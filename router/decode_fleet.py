@@ -96,6 +96,7 @@ class DecodeFleet:
                 setattr(self, name, np.append(getattr(self, name), np.int64(0)))
             self._is_open = np.append(self._is_open, np.False_)
             self.step_costs.factors.resize(self.slots.size)
+            self.handoff_costs.num_slots = self.slots.size
         description = node.description
         for name in _COLUMNS:
             getattr(self, name)[slot] = 0

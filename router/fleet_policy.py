@@ -40,6 +40,8 @@ class FleetPolicy(FirstComePolicy):
         self._prefill: dict[tuple[str, bytes, int], PrefillFleet] = {}
         self._decode: dict[tuple[str, bytes], DecodeFleet] = {}
         self.planned: PlannedPrefill | None = None
+        self.num_changes = 0
+        """Of what the prefill fleets are busy with."""
         self.num_held_tokens = 0
         """Of the prompt that was placed last, what its decode node holds."""
 
@@ -49,6 +51,9 @@ class FleetPolicy(FirstComePolicy):
             decode = self._decode.get((of_model, digest)) if of_model == model else None
             if decode is not None and prefill.is_open.any() and decode.slots.num_nodes:
                 yield prefill, decode
+
+    def reconsider(self) -> None:
+        """Nodes came or went, or take nothing new: what waits for one of them may want another."""
 
     @property
     def num_tracked(self) -> int:
@@ -73,6 +78,7 @@ class FleetPolicy(FirstComePolicy):
     # ---- see `PlacementPolicy` ---------------------------------------------------------------------
 
     def note_attached(self, node: NodeView, now_s: float) -> None:
+        self._note_membership()
         description = node.description
         model, digest = description.model, node.fingerprint_digest
         if description.role is Role.DECODE:
@@ -84,6 +90,7 @@ class FleetPolicy(FirstComePolicy):
         self._prefill[key].add(node)
 
     def note_lost(self, node: NodeView) -> None:
+        self._note_membership()
         self._fleet_of(node).remove(node.description.node_id)
         _drop_oldest_empty(self._prefill)
         _drop_oldest_empty(self._decode)
@@ -91,11 +98,12 @@ class FleetPolicy(FirstComePolicy):
     def note_load(self, node: NodeView, load: NodeLoad) -> None:
         fleet = self._fleet_of(node)
         if isinstance(fleet, PrefillFleet):
-            fleet.note_load(node.description.node_id, load)
+            self.num_changes += fleet.note_load(node.description.node_id, load)
         else:
             fleet.note_load(node, load)
 
     def note_draining(self, node: NodeView) -> None:
+        self._note_membership()
         self._fleet_of(node).close(node.description.node_id)
 
     def note_placed(
@@ -103,6 +111,7 @@ class FleetPolicy(FirstComePolicy):
     ) -> None:
         planned = self.planned
         assert planned is not None
+        self.num_changes += 1
         prefill = self._prefill_with(decision.prefill_node)
         assert prefill is not None
         sent = SentPrefill(
@@ -124,6 +133,7 @@ class FleetPolicy(FirstComePolicy):
     def note_prefilled(self, node: NodeView, reports: Sequence[PrefillFinished], now_s: float) -> None:
         fleet = self._fleet_of(node)
         if isinstance(fleet, PrefillFleet):
+            self.num_changes += 1
             fleet.note_computed(node.description.node_id, reports, now_s)
             for report in reports:
                 fleet.pull_costs.observe(report.num_pulled_tokens, report.pull_s)
@@ -144,11 +154,16 @@ class FleetPolicy(FirstComePolicy):
     def note_settled(self, node_id: NodeId, attempt_id: AttemptId, now_s: float) -> None:
         prefill = self._prefill_with(node_id)
         if prefill is not None:
+            self.num_changes += attempt_id in prefill.sent
             prefill.note_gone(attempt_id, now_s)
         else:
             decode = self._decode_with(node_id)
             if decode is not None:
                 decode.note_gone(attempt_id)
+
+    def _note_membership(self) -> None:
+        self.num_changes += 1
+        self.reconsider()
 
     # ---- finding fleets ----------------------------------------------------------------------------
 

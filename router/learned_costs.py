@@ -58,7 +58,7 @@ class PrefillCosts:
     @property
     def token_seconds(self) -> float:
         """Seconds of a token in a long prompt without context, on a node whose factor is 1."""
-        return float(self._fit.coefficients[1])
+        return self._fit.coefficients[1]
 
     def resize(self, num_slots: int) -> None:
         """Keep what is known of the slots so far."""
@@ -78,7 +78,7 @@ class PrefillCosts:
 
     def typical_seconds(self, num_tokens: int, cached: Ints) -> Floats:
         """The same on a node whose factor is 1."""
-        base_s, token_s, pair_s = self._fit.coefficients.tolist()
+        base_s, token_s, pair_s = self._fit.coefficients
         new = num_tokens - cached
         seconds: Floats = new * (token_s + pair_s * 0.5 * (cached + num_tokens)) + base_s
         return np.maximum(seconds, _MIN_SECONDS)
@@ -91,7 +91,7 @@ class PrefillCosts:
     @property
     def base_seconds(self) -> float:
         """Seconds of a prefill that has hardly anything to compute, on a node whose factor is 1."""
-        return float(self._fit.coefficients[0])
+        return self._fit.coefficients[0]
 
     def observe(self, slot: int, work: Sequence[tuple[int, int]], measured_s: float) -> None:
         """A node computed prompts together, of each so many new tokens behind so many cached ones."""
@@ -126,7 +126,7 @@ class PullCosts:
 
     def seconds(self, num_tokens: Ints) -> Floats:
         """Seconds to pull so many tokens' KV each; 0 for none."""
-        base_s, token_s = self._fit.coefficients.tolist()
+        base_s, token_s = self._fit.coefficients
         seconds: Floats = np.where(num_tokens > 0, num_tokens * token_s + base_s, 0.0)
         return seconds
 

@@ -10,6 +10,7 @@ is Huber's.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import mul
 from typing import Final
 
 import numpy as np
@@ -26,6 +27,10 @@ _NUM_UNCUT: Final = 20
 _NUM_ALL_COUNT: Final = 64
 _CUT_AT_ERRORS: Final = 4.0
 _ERROR_MEMORY: Final = 0.98
+_MIN_VARIANCE: Final = 1e-12
+_LOST_ERROR: Final = 0.8
+_NUM_BEFORE_LOST: Final = 100
+"""A model that is off by so much after so many observations is started anew: noise is less."""
 _MAX_VARIANCE: Final = 1e4
 """Bounds what is unknown in a direction that is never observed, which forgetting would let grow for ever."""
 
@@ -40,23 +45,28 @@ class OnlineFit:
     def __init__(self, prior: Sequence[float], floor: float) -> None:
         assert min(prior) > 0
         assert floor > 0
-        self._scale: Floats = np.array(prior, dtype=np.float64)
-        self._theta: Floats = np.ones(len(prior))
-        self._covariance: Floats = np.eye(len(prior)) * _PRIOR_VARIANCE
+        self._scale = tuple(map(float, prior))
         self._floor = floor
-        self.coefficients: Floats = self._scale.copy()
-        """Read only."""
-        self._weights: list[float] = self.coefficients.tolist()
         self.num_observed = 0
+        self._start()
+
+    def _start(self) -> None:
+        """From the prior, as if nothing had been observed."""
+        self._theta = [1.0] * len(self._scale)
+        self._covariance = self._first_covariance(_PRIOR_VARIANCE)
+        self.coefficients = self._scale
+        self._num_since_start = 0
         self.relative_error = 0.1
         """Running mean of how far expectations were off, as a share of them."""
 
+    def _first_covariance(self, variance: float) -> list[list[float]]:
+        size = range(len(self._scale))
+        return [[variance if row == column else 0.0 for column in size] for row in size]
+
     def expected(self, features: Sequence[float]) -> float:
         """What the model says of these features, at least `floor`."""
-        total = 0.0
-        for weight, feature in zip(self._weights, features, strict=True):
-            total += weight * feature
-        return total if total > self._floor else self._floor
+        total: float = sum(map(mul, self.coefficients, features))
+        return max(total, self._floor)
 
     def observe(self, features: Sequence[float], measured: float) -> None:
         """Learn from one measurement; one that is negative or not finite is ignored. To `relative_error` none
@@ -64,26 +74,45 @@ class OnlineFit:
         if not 0.0 <= measured < float("inf"):
             return
         expected = self.expected(features)
-        x = np.array(features) * self._scale / expected
-        error = measured / expected - float(self._theta @ x)
+        x = [feature * scale / expected for feature, scale in zip(features, self._scale, strict=True)]
+        error = measured / expected - sum(map(mul, self._theta, x))
         off = min(abs(measured / expected - 1.0), 1.0)
-        if self.num_observed >= _NUM_UNCUT:
+        if self._num_since_start >= _NUM_UNCUT:
             bound = _CUT_AT_ERRORS * self.relative_error + 1e-6
             error, off = max(-bound, min(bound, error)), min(off, 2.0 * bound)
-        weight = max(1.0 - _ERROR_MEMORY, 1.0 / (self.num_observed + 1))
+        weight = max(1.0 - _ERROR_MEMORY, 1.0 / (self._num_since_start + 1))
         self.relative_error += weight * (off - self.relative_error)
         self.num_observed += 1
-        self._step(x, error)
+        self._num_since_start += 1
+        if self.relative_error > _LOST_ERROR and self._num_since_start > _NUM_BEFORE_LOST:
+            self._start()
+        else:
+            self._step(x, error)
 
-    def _step(self, x: Floats, error: float) -> None:
-        spread = self._covariance @ x
-        gain = spread / (_MEMORY + float(x @ spread))
-        self._theta = self._theta + gain * error
-        covariance = (self._covariance - np.outer(gain, spread)) / _MEMORY
-        largest = float(covariance.trace())
-        self._covariance = covariance * min(1.0, _MAX_VARIANCE / largest) if largest > 0 else covariance
-        self.coefficients = np.maximum(self._theta * self._scale, 0.0)
-        self._weights = self.coefficients.tolist()
+    def _step(self, x: list[float], error: float) -> None:
+        """With three coefficients arrays would take several times as long as numbers."""
+        spread = [sum(map(mul, row, x)) for row in self._covariance]
+        known = sum(map(mul, x, spread))
+        if known < 0.0:  # rounding has spoilt the covariance: what was learned stays, how surely is unknown
+            self._covariance = self._first_covariance(1.0)
+            return
+        divisor = _MEMORY + known
+        self._theta = [
+            theta + of_one / divisor * error for theta, of_one in zip(self._theta, spread, strict=True)
+        ]
+        # Each product is the same as its mirror image, so that the matrix stays symmetric.
+        covariance = [
+            [(value - of_one * other / divisor) / _MEMORY for value, other in zip(row, spread, strict=True)]
+            for row, of_one in zip(self._covariance, spread, strict=True)
+        ]
+        for index, row in enumerate(covariance):
+            row[index] = max(row[index], _MIN_VARIANCE)
+        trace = sum(row[index] for index, row in enumerate(covariance))
+        if trace > _MAX_VARIANCE:
+            shrink = _MAX_VARIANCE / trace
+            covariance = [[value * shrink for value in row] for row in covariance]
+        self._covariance = covariance
+        self.coefficients = tuple(max(0.0, value) for value in map(mul, self._theta, self._scale))
 
 
 def is_sample(serial: int, num_observed: int) -> bool:

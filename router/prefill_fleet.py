@@ -217,10 +217,13 @@ class PrefillFleet:
         self._end_s[slot] = now_s + left_s
         self._routed.remove(attempt_id, sent.keys)
 
-    def note_load(self, node_id: NodeId, load: NodeLoad) -> None:
-        """What waits on a node beyond what this router sent, other routers sent."""
+    def note_load(self, node_id: NodeId, load: NodeLoad) -> bool:
+        """What waits on a node beyond what this router sent, other routers sent. Returns whether that has
+        changed."""
         slot = self.slots.slot_of[node_id]
+        before = self._foreign_tokens[slot]
         self._foreign_tokens[slot] = max(0, load.num_waiting_tokens - int(self.pending_tokens[slot]))
+        return bool(self._foreign_tokens[slot] != before)
 
     def _count(self, sent: SentPrefill, sign: int) -> None:
         slot = sent.slot

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from dataclasses import dataclass
 from itertools import islice
 from random import Random
 from typing import Final
@@ -36,7 +37,6 @@ from kvrelay.router.online_fit import Floats
 from kvrelay.router.placement import (
     ClusterView,
     Decision,
-    NodeView,
     Pick,
     PlacementRequest,
     WaitingRequests,
@@ -55,6 +55,18 @@ _MIN_PAUSE_S: Final = 0.0005
 _MAX_REMEMBERED: Final = 1024
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Parked:
+    """A request that waits for a busy node though another is idle: for which, until when, for how long it
+    will keep that busy, and what the least work would be."""
+
+    fleet: PrefillFleet
+    slot: int
+    until_s: float
+    work_s: float
+    least_work_s: float
+
+
 class PrefixAware(FleetPolicy):
     """See the module."""
 
@@ -63,10 +75,10 @@ class PrefixAware(FleetPolicy):
         self._congestion = Congestion()
         self._options: OrderedDict[RequestId, tuple[PrefillFleet, float, PrefillOptions]] = OrderedDict()
         """When and for which fleet they were looked up, of the requests that wait."""
-        self._parked: OrderedDict[RequestId, tuple[PrefillFleet, int, float, float]] = OrderedDict()
-        """Of those that wait for a busy node: which, until when, and for how long they will keep it busy."""
-        self._barren_scene: tuple[PrefillFleet, int, RequestId, bytes] | None = None
-        """Who waited and which nodes were idle when nothing could be placed; good until `_barren_until_s`."""
+        self._parked: OrderedDict[RequestId, _Parked] = OrderedDict()
+        self._barren_scene: tuple[str, int, int] | None = None
+        """How many waited of which model, and what had changed, when nothing could be placed; good until
+        `_barren_until_s`."""
         self._barren_until_s = 0.0
         self.look_again_s = math.inf
 
@@ -74,20 +86,8 @@ class PrefixAware(FleetPolicy):
     def name(self) -> str:
         return "kvrelay"
 
-    def note_attached(self, node: NodeView, now_s: float) -> None:
-        super().note_attached(node, now_s)
-        self._reconsider()
-
-    def note_lost(self, node: NodeView) -> None:
-        super().note_lost(node)
-        self._reconsider()
-
-    def note_draining(self, node: NodeView) -> None:
-        super().note_draining(node)
-        self._reconsider()
-
-    def _reconsider(self) -> None:
-        """Nodes came or went: what waits for one of them may want another."""
+    def reconsider(self) -> None:
+        """See `FleetPolicy`."""
         self._options.clear()
         self._parked.clear()
         self._barren_scene = None
@@ -105,20 +105,27 @@ class PrefixAware(FleetPolicy):
         first = next(iter(waiting), None)
         if first is None:
             return None
+        num_waiting = len(waiting)
+        scene = first.model, num_waiting, self.num_changes
+        if scene == self._barren_scene and now_s < self._barren_until_s:
+            self.look_again_s = self._barren_until_s
+            return None
+        self._barren_scene, self._barren_until_s = scene, now_s + _OPTIONS_AGE_S
         considered: list[PlacementRequest] = []
-        look_s = math.inf
         for prefill, decode in self.fleets(first.model):
             backlog_s = prefill.backlog_s(now_s)
             busy_s = float(backlog_s.min()) - prefill.longest_lead_s
             if busy_s > 0.0:
-                look_s = min(look_s, now_s + max(busy_s, _MIN_PAUSE_S))
+                self._note_barren_for(busy_s, now_s)
                 continue
             considered = considered or list(islice(waiting, _MAX_CONSIDERED))
-            picked = self._pick_in(prefill, decode, considered, backlog_s, len(waiting), now_s, rng)
+            picked = self._pick_in(prefill, decode, considered, backlog_s, num_waiting, now_s, rng)
             if picked is not None:
                 return picked
-            look_s = min(look_s, self._barren_until_s)
-        self.look_again_s = look_s
+        if considered and len(considered) < min(num_waiting, _MAX_CONSIDERED):
+            self._barren_scene = None  # some wait for a pause to end, and nobody says when
+        elif self._barren_scene is not None:
+            self.look_again_s = self._barren_until_s
         return None
 
     def prefill_s(self, request: PlacementRequest, now_s: float) -> float | None:
@@ -128,6 +135,9 @@ class PrefixAware(FleetPolicy):
             for prefill, _ in self.fleets(request.model)
         ]
         return min(found, default=None)
+
+    def _note_barren_for(self, seconds: float, now_s: float) -> None:
+        self._barren_until_s = min(self._barren_until_s, now_s + max(seconds, _MIN_PAUSE_S))
 
     def _pick_in(
         self,
@@ -140,14 +150,10 @@ class PrefixAware(FleetPolicy):
         rng: Random,
     ) -> Pick | None:
         is_idle = backlog_s <= prefill.lead_s
-        is_near = backlog_s <= prefill.longest_lead_s
-        scene = prefill, len(considered), considered[-1].request_id, is_idle.tobytes() + is_near.tobytes()
-        if scene == self._barren_scene and now_s < self._barren_until_s:
-            return None
+        self._note_barren_for(float(np.where(is_idle, np.inf, backlog_s).min()) - prefill.lead_s, now_s)
         num_queued = num_waiting + int(np.maximum(prefill.num_pending - 1, 0).sum()) - int(is_idle.sum())
         weight = self._congestion.weight(max(0, num_queued), prefill.slots.num_nodes)
         at = Moment(prefill, backlog_s, bool(is_idle.any()), weight, num_waiting, now_s, rng)
-        self._barren_until_s, self._barren_scene = now_s + _OPTIONS_AGE_S, scene
         for request in self._ranked(considered, prefill, now_s):
             if self._is_parked(request, at):
                 continue
@@ -163,7 +169,7 @@ class PrefixAware(FleetPolicy):
                 slot = found
             wait_s = float(backlog_s[slot]) - prefill.lead_for(options.work_s[slot])
             if wait_s > 0.0 and num_waiting <= _MAX_CONSIDERED:
-                self._wait(request, slot, wait_s, float(options.work_s[slot]), at)
+                self._wait(request, slot, wait_s, options, at)
                 continue
             self._barren_scene = None
             prefill_node = prefill.slots.node(slot).description.node_id
@@ -176,21 +182,25 @@ class PrefixAware(FleetPolicy):
         parked = self._parked.get(request.request_id)
         if parked is None or not at.has_idle or at.num_waiting > _MAX_CONSIDERED:
             return False
-        fleet, slot, until_s, work_s = parked
-        if fleet is not at.prefill or at.now_s >= until_s:
+        if parked.fleet is not at.prefill or at.now_s >= parked.until_s:
             return False
-        at.backlog_s[slot] += work_s
+        at.backlog_s[parked.slot] += parked.work_s
+        self._note_barren_for(parked.until_s - at.now_s, at.now_s)
         return True
 
-    def _wait(self, request: PlacementRequest, slot: int, wait_s: float, work_s: float, at: Moment) -> None:
+    def _wait(
+        self, request: PlacementRequest, slot: int, wait_s: float, options: PrefillOptions, at: Moment
+    ) -> None:
         """It would rather wait for a busy node. Chosen instead of an idle one, that is not looked at again
         before the node is expected to take it."""
         until_s = at.now_s + min(max(wait_s, _MIN_PAUSE_S), _OPTIONS_AGE_S)
-        self._barren_until_s = min(self._barren_until_s, until_s)
+        work_s = float(options.work_s[slot])
+        self._note_barren_for(wait_s, at.now_s)
         if not at.has_idle or not np.isfinite(work_s):
             return
         at.backlog_s[slot] += work_s
-        self._parked[request.request_id] = at.prefill, slot, until_s, work_s
+        least_s = options.least_work_s
+        self._parked[request.request_id] = _Parked(at.prefill, slot, until_s, work_s, least_s)
         if len(self._parked) > _MAX_REMEMBERED:
             self._parked.popitem(last=False)
 
@@ -203,7 +213,11 @@ class PrefixAware(FleetPolicy):
         turns: dict[str, int] = {}
         keys = []
         for request in considered:
-            least_s = self._options_of(request, prefill, now_s, _OPTIONS_AGE_S).least_work_s
+            known = self._parked.get(request.request_id)
+            if known is None or known.fleet is not prefill or now_s >= known.until_s:
+                least_s = self._options_of(request, prefill, now_s, _OPTIONS_AGE_S).least_work_s
+            else:
+                least_s = known.least_work_s
             turn = turns.setdefault(request.group, len(turns))
             keys.append((turn, (request.submitted_s - now_s) / least_s))
         order = sorted(range(len(considered)), key=keys.__getitem__)

@@ -14,6 +14,7 @@ from typing import Final
 
 from kvrelay.core.ids import AttemptId, NodeId, RequestId
 from kvrelay.core.kv import KVFingerprint
+from kvrelay.core.kv_events import KVChanges, KVEvent
 from kvrelay.core.node_messages import (
     AttemptFinished,
     HandoffVerified,
@@ -30,7 +31,6 @@ from kvrelay.core.request import FinishReason, TokenRequest
 from kvrelay.core.sampling import SamplingParams
 from kvrelay.core.service_terms import DEFAULT_TERMS, ServiceTerms
 from kvrelay.router.admission_queue import QueueCounts
-from kvrelay.router.config import RouterCoreConfig
 from kvrelay.router.core import RouterCore
 from kvrelay.router.events import (
     DeliverFailed,
@@ -43,6 +43,7 @@ from kvrelay.router.events import (
     SessionId,
     Ticked,
 )
+from kvrelay.simulator.core_config import core_config
 from kvrelay.simulator.cost_model import CostModel
 from kvrelay.simulator.decode_node import DecodeJob, SimDecodeNode
 from kvrelay.simulator.event_queue import EventQueue
@@ -56,6 +57,8 @@ from kvrelay.simulator.trace_prompt import TracePrefixes, TracePrompt
 
 _MODEL: Final = "simulated"
 _FINGERPRINT: Final = KVFingerprint(_MODEL, "bfloat16", 32, 8, 128, "rope")
+_HOLDS_NOTHING: Final = KVEvent(1, 0, KVChanges(cleared=True))
+"""Said once, so that the core has nothing to guess: contents reach the policy another way."""
 _SESSION: Final = SessionId(1)
 _NEVER_S: Final = 1e12
 _TICK_S: Final = 0.25
@@ -94,7 +97,7 @@ class Simulation:
         max_entries = num_prefill * scenario.cache_blocks + 1_000_000
         self._prefixes = TracePrefixes(max_entries, num_prefill, num_decode)
         self._policy = PullPlans(make_policy(scenario.policy, self._prefixes, costs, scenario.cache_blocks))
-        self._core = RouterCore(_core_config(scenario), 1, self._policy, Random(scenario.seed))
+        self._core = RouterCore(core_config(scenario), 1, self._policy, Random(scenario.seed))
         self.prefill_nodes = [
             SimPrefillNode(number, scenario.cache_blocks, trace.block_tokens, costs)
             for number in range(num_prefill)
@@ -170,6 +173,7 @@ class Simulation:
             transfer_address=node_id,
         )
         self._tell(NodeAttached(description))
+        self._tell(NodeReported(node_id, kv=_HOLDS_NOTHING))
 
     @property
     def queue_counts(self) -> QueueCounts:
@@ -315,18 +319,3 @@ class Simulation:
 
 def _column(num_requests: int) -> array[float]:
     return array("d", [-1.0]) * num_requests
-
-
-def _core_config(scenario: Scenario) -> RouterCoreConfig:
-    """No limit but those of the scenario: the policies are compared, not the limits."""
-    return RouterCoreConfig(
-        max_queued_requests=scenario.max_queued,
-        max_tenant_share=1.0,
-        trial_share=scenario.trial_share,
-        queue_timeout_s=scenario.queue_timeout_s,
-        node_wait_s=_NEVER_S,
-        default_deadline_s=_NEVER_S,
-        max_deadline_s=_NEVER_S,
-        max_prefill_requests_per_node=2**31,
-        max_prefill_tokens_per_node=2**62,
-    )

@@ -51,6 +51,25 @@ def test_pulls_of_nothing_take_nothing() -> None:
     assert seconds[1] == pytest.approx(0.011, rel=0.05)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_exact_observations_without_end_spoil_nothing(seed: int) -> None:
+    fit, rng = OnlineFit((0.005, 2.5e-5, 1e-9), 1e-4), Random(seed)
+    for _ in range(8000):
+        new, cached = rng.randrange(1, 3600), 512 * rng.randrange(40)
+        features = (1.0, float(new), new * (cached + new / 2))
+        fit.observe(features, 0.005 + 2.302e-5 * features[1] + 7.99e-10 * features[2])
+    assert fit.expected((1.0, 2000.0, 2e7)) == pytest.approx(0.005 + 0.04604 + 0.01598, rel=0.01)
+
+
+def test_a_model_that_is_lost_is_started_anew() -> None:
+    fit = OnlineFit((1.0, 1.0), 1e-6)
+    for _ in range(200):
+        fit.observe((1.0, 1.0), 1e6)
+    for _ in range(400):
+        fit.observe((1.0, 1.0), 1e-3)
+    assert fit.expected((1.0, 1.0)) < 0.1
+
+
 def test_what_is_no_time_is_ignored() -> None:
     fit = OnlineFit((1.0, 1.0), 1e-6)
     for bad in (-1.0, float("nan"), float("inf")):
