@@ -162,7 +162,7 @@ def _line(row: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--seconds", type=float, default=40.0, help="for how long requests come")
+    parser.add_argument("--seconds", type=float, default=15.0, help="for how long requests come")
     options = parser.parse_args(arguments)
     overloads = [overload(setting, options.seconds) for setting in SETTINGS]
     greeds = greed(options.seconds)

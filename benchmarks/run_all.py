@@ -24,6 +24,8 @@ BENCHMARKS = (
     "router_core",
     "block_index",
     "placement_decision",
+    "admission",
+    "refusals",
     "client_tokenize",
     "footprint",
 )

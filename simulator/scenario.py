@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Final
 
 from kvrelay.core.errors import ConfigError
+from kvrelay.core.service_terms import ServiceTerms
+from kvrelay.router.config import RouterCoreConfig
 
 MAX_NODES = 100_000
+NEVER_S: Final = 1e12
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,3 +62,25 @@ class Scenario:
     @property
     def has_decode(self) -> bool:
         return self.num_decode_nodes > 0
+
+    def asked_for(self, terms: ServiceTerms, now_s: float) -> tuple[ServiceTerms, float | None]:
+        """The terms of a request that comes now, and its deadline: with the limits, if those are told."""
+        if not self.has_deadlines:
+            return terms, None
+        deadline_s = now_s + self.total_limit_s if self.total_limit_s < 1e9 else None
+        return replace(terms, ttft_timeout_s=self.ttft_limit_s), deadline_s
+
+    def core_config(self) -> RouterCoreConfig:
+        """No limit but those of the scenario: the policies are compared, not the limits."""
+        return RouterCoreConfig(
+            max_queued_requests=self.max_queued,
+            max_tenant_share=1.0,
+            trial_share=self.trial_share,
+            queue_timeout_s=self.queue_timeout_s,
+            node_wait_s=NEVER_S,
+            node_silence_s=NEVER_S,
+            default_deadline_s=NEVER_S,
+            max_deadline_s=NEVER_S,
+            max_prefill_requests_per_node=2**31,
+            max_prefill_tokens_per_node=2**62,
+        )

@@ -6,8 +6,6 @@ events. What nodes and links take comes from the cost model; messages take no ti
 
 from __future__ import annotations
 
-from array import array
-from dataclasses import dataclass, field, replace
 from functools import partial
 from random import Random
 from typing import Final
@@ -29,7 +27,6 @@ from kvrelay.core.node_messages import (
 )
 from kvrelay.core.request import FinishReason, TokenRequest
 from kvrelay.core.sampling import SamplingParams
-from kvrelay.core.service_terms import DEFAULT_TERMS, ServiceTerms
 from kvrelay.router.admission_queue import QueueCounts
 from kvrelay.router.core import RouterCore
 from kvrelay.router.events import (
@@ -43,15 +40,15 @@ from kvrelay.router.events import (
     SessionId,
     Ticked,
 )
-from kvrelay.simulator.core_config import core_config
 from kvrelay.simulator.cost_model import CostModel
 from kvrelay.simulator.decode_node import DecodeJob, SimDecodeNode
 from kvrelay.simulator.event_queue import EventQueue
-from kvrelay.simulator.gap_times import GapTimes, own_percentile_s
+from kvrelay.simulator.gap_times import own_percentile_s
+from kvrelay.simulator.measurements import Measurements
 from kvrelay.simulator.policies import make_policy
 from kvrelay.simulator.prefill_node import PrefillJob, SimPrefillNode
 from kvrelay.simulator.pull_plans import PullPlans
-from kvrelay.simulator.scenario import Scenario
+from kvrelay.simulator.scenario import NEVER_S, Scenario
 from kvrelay.simulator.trace import Trace
 from kvrelay.simulator.trace_prompt import TracePrefixes, TracePrompt
 
@@ -60,26 +57,8 @@ _FINGERPRINT: Final = KVFingerprint(_MODEL, "bfloat16", 32, 8, 128, "rope")
 _HOLDS_NOTHING: Final = KVEvent(1, 0, KVChanges(cleared=True))
 """Said once, so that the core has nothing to guess: contents reach the policy another way."""
 _SESSION: Final = SessionId(1)
-_NEVER_S: Final = 1e12
 _TICK_S: Final = 0.25
 _MAX_MODEL_LEN: Final = 2**31
-
-
-@dataclass(slots=True, eq=False)
-class Measurements:
-    """What was seen. Columns by request; -1: it was refused, or had no gaps."""
-
-    ttft_s: array[float]
-    itl_p99_s: array[float]
-    total_s: array[float]
-    gaps: GapTimes = field(default_factory=GapTimes)
-    num_refused: int = 0
-    num_placed: int = 0
-    num_prompt_tokens: int = 0
-    num_cached_tokens: int = 0
-    num_pulled_tokens: int = 0
-    num_pulls: int = 0
-    end_s: float = 0.0
 
 
 class Simulation:
@@ -92,12 +71,12 @@ class Simulation:
         self._costs = costs
         self._clock = EventQueue()
         num = len(trace)
-        self.seen = Measurements(_column(num), _column(num), _column(num))
+        self.seen = Measurements.of(num)
         num_prefill, num_decode = scenario.num_prefill_nodes, max(1, scenario.num_decode_nodes)
         max_entries = num_prefill * scenario.cache_blocks + 1_000_000
         self._prefixes = TracePrefixes(max_entries, num_prefill, num_decode)
         self._policy = PullPlans(make_policy(scenario.policy, self._prefixes, costs, scenario.cache_blocks))
-        self._core = RouterCore(core_config(scenario), 1, self._policy, Random(scenario.seed))
+        self._core = RouterCore(scenario.core_config(), 1, self._policy, Random(scenario.seed))
         self.prefill_nodes = [
             SimPrefillNode(number, scenario.cache_blocks, trace.block_tokens, costs)
             for number in range(num_prefill)
@@ -190,18 +169,10 @@ class Simulation:
             sampling = self._sampling[num_output] = SamplingParams(max_tokens=num_output, ignore_eos=True)
         prompt = TracePrompt.of(index, num_tokens, self._trace.blocks_of(index))
         request = TokenRequest(prompt, num_tokens, sampling)
-        name, terms = RequestId(str(index)), self._terms(index)
-        scenario, deadline_s = self._scenario, None
-        if scenario.has_deadlines and scenario.total_limit_s < 1e9:
-            deadline_s = self._clock.now_s + scenario.total_limit_s
+        terms, deadline_s = self._scenario.asked_for(self._trace.terms_of(index), self._clock.now_s)
+        name = RequestId(str(index))
         self._tell(RequestSubmitted(name, _SESSION, index, _MODEL, request, deadline_s, terms))
         self._tick_while_queued()
-
-    def _terms(self, index: int) -> ServiceTerms:
-        terms = self._trace.terms[index] if self._trace.terms else DEFAULT_TERMS
-        if not self._scenario.has_deadlines:
-            return terms
-        return replace(terms, ttft_timeout_s=self._scenario.ttft_limit_s)
 
     def _tick_while_queued(self) -> None:
         """What waits too long is the core's to see, when it is told that time passed."""
@@ -290,7 +261,7 @@ class Simulation:
 
     def _plan_decode(self, number: int) -> None:
         due_s = self.decode_nodes[number].due_s
-        if due_s != self._planned_due[number] and due_s < _NEVER_S:
+        if due_s != self._planned_due[number] and due_s < NEVER_S:
             self._planned_due[number] = due_s
             self._clock.at(due_s, partial(self._advance_decode, number, due_s))
 
@@ -315,7 +286,3 @@ class Simulation:
 
     def _num_output(self, request: int) -> int:
         return int(self._trace.num_output_tokens[request]) if self._scenario.has_decode else 1
-
-
-def _column(num_requests: int) -> array[float]:
-    return array("d", [-1.0]) * num_requests

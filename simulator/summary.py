@@ -11,8 +11,9 @@ import numpy as np
 from kvrelay.router.admission_queue import Refusal
 from kvrelay.simulator.cost_model import CostModel
 from kvrelay.simulator.gap_times import GapTimes
+from kvrelay.simulator.measurements import Measurements
 from kvrelay.simulator.scenario import Scenario
-from kvrelay.simulator.simulation import Measurements, Simulation
+from kvrelay.simulator.simulation import Simulation
 from kvrelay.simulator.trace import Trace
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvrelay.core.errors import ConfigError
-from kvrelay.core.service_terms import ServiceTerms
+from kvrelay.core.service_terms import DEFAULT_TERMS, ServiceTerms
 from kvrelay.simulator.cost_model import PrefillModel
 
 Floats = NDArray[np.float64]
@@ -41,6 +41,10 @@ class Trace:
         """The block ids of one request, first to last."""
         ids: list[int] = self.block_ids[self.block_starts[index] : self.block_starts[index + 1]].tolist()
         return ids
+
+    def terms_of(self, index: int) -> ServiceTerms:
+        """Whose one request is, and how urgent."""
+        return self.terms[index] if self.terms else DEFAULT_TERMS
 
     def first(self, num_requests: int) -> Trace:
         """Only the first so many requests."""

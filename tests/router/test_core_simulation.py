@@ -26,6 +26,7 @@ from kvrelay.core.node_messages import (
 )
 from kvrelay.core.request import FinishReason, TokenRequest
 from kvrelay.core.sampling import SamplingParams
+from kvrelay.core.service_terms import Priority, ServiceTerms
 from kvrelay.router.config import PLACEMENTS, Placement, RouterCoreConfig
 from kvrelay.router.core import RouterCore
 from kvrelay.router.events import (
@@ -173,9 +174,17 @@ class World:
             self.after(rng.uniform(0, 0.6), lambda: self.handle(RequestCancelled(RequestId(f"r{number}"))))
         if rng.random() < 0.15:
             self.after(rng.uniform(0, 0.6), lambda: self._satisfy(client, RequestId(f"r{number}")))
+        terms = self._terms(client, Random(number))
         self.clients[session, number] = client
         name = RequestId(f"r{number}")
-        self.handle(RequestSubmitted(name, SessionId(session), number, "m", request, deadline_s))
+        self.handle(RequestSubmitted(name, SessionId(session), number, "m", request, deadline_s, terms))
+
+    def _terms(self, client: Client, rng: Random) -> ServiceTerms:
+        ttft_timeout_s = None
+        if rng.random() < 0.15:
+            ttft_timeout_s = rng.uniform(0.01, 0.5)
+            client.may_fail_by |= {"DEADLINE_EXCEEDED", "OVERLOADED"}
+        return ServiceTerms(rng.choice(list(Priority)), rng.choice(["", "a", "b"]), ttft_timeout_s)
 
     def _satisfy(self, client: Client, name: RequestId) -> None:
         """Its caller has all it wants: it ends at once, and well."""

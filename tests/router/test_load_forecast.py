@@ -66,8 +66,16 @@ def test_answers_are_expected_as_long_as_those_seen_and_may_be_shorter() -> None
     assert lengths.at_least(request(max_tokens=100)) == 1
     for _ in range(3000):
         lengths.observe(request(max_tokens=100), rng.randint(20, 60))
-    assert lengths.expected(request(max_tokens=200)) == pytest.approx(80, rel=0.15)
-    assert 40 <= lengths.at_least(request(max_tokens=200)) <= 60
+    assert lengths.expected(request(max_tokens=80)) == pytest.approx(32, rel=0.15)
+    assert 15 <= lengths.at_least(request(max_tokens=80)) <= 24
+
+
+def test_who_allows_as_much_as_the_context_holds_is_not_expected_to_get_it() -> None:
+    lengths = OutputLengths()
+    for _ in range(300):
+        lengths.observe(request(max_tokens=8), 8)
+    assert lengths.expected(request(max_tokens=8)) == 8
+    assert lengths.at_least(request(max_tokens=100_000)) <= lengths.expected(request(max_tokens=100_000)) < 20
 
 
 def test_who_asks_for_a_length_gets_it_foretold() -> None:

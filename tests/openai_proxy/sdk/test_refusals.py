@@ -49,7 +49,7 @@ CHAT = [
     ({"extra_body": {"structured_outputs": {"regex": "a", "choice": ["b"]}}}, "structured_outputs"),
     ({"extra_body": {"min_tokens": -1}}, "min_tokens"),
     ({"store": True}, "store"),
-    ({"service_tier": "priority"}, "service_tier"),
+    ({"service_tier": "scale"}, "service_tier"),
     ({"modalities": ["audio"]}, "modalities[0]"),
 ]
 UNSUPPORTED_IN_CHAT = [
