@@ -68,6 +68,15 @@ class Invariants:
                 raise Violation(f"{name}: {entry.request_id}: a broken contract: {error.message}")
             if is_late and now_s > entry.deadline_s + LATE_S:
                 raise Violation(f"{name}: {entry.request_id} outlives its deadline")
+            if entry.not_before_s > now_s + core.config.max_retry_pause_s:
+                raise Violation(f"{name}: {entry.request_id} waits too long for its next attempt")
+        for attachment in router.shell.attachments.by_node.values():
+            silent_s = now_s - attachment.last_heard_s
+            has_stood_still = self._world.now_s - router.process.last_resumed_s < 2.0
+            if silent_s > core.config.node_silence_s + LATE_S and not has_stood_still:
+                raise Violation(
+                    f"{name}: {attachment.node_id} is silent for {silent_s:.2f} s and still attached"
+                )
         for (attempt_id, role), released_s in ledger.releasing.items():
             if now_s - released_s <= core.config.ack_timeout_s + LATE_S:
                 break
