@@ -19,6 +19,8 @@ from kvrelay.simulator.faults.world import Violation
 
 LATE_S: Final = 0.8
 """What ticks, clocks and delays may add to a time that is kept."""
+MAX_FORGOTTEN_S: Final = 3.0
+"""So long may a node go on with an attempt that its router has struck from its books, while both are well."""
 MAX_ENDING_S: Final = 4.0
 """In so much time an undisturbed node gives back what it holds of an attempt whose end is decided."""
 
@@ -33,6 +35,7 @@ class Invariants:
         self._cluster = cluster
         self._world = cluster.world
         self._ending_since_s: dict[tuple[str, TransferId], float] = {}
+        self._forgotten_since_s: dict[tuple[str, TransferId], float] = {}
         self.num_checks = 0
 
     def watch(self) -> None:
@@ -65,6 +68,15 @@ class Invariants:
                 raise Violation(f"{name}: {entry.request_id}: a broken contract: {error.message}")
             if is_late and now_s > entry.deadline_s + LATE_S:
                 raise Violation(f"{name}: {entry.request_id} outlives its deadline")
+            if entry.not_before_s > now_s + core.config.max_retry_pause_s:
+                raise Violation(f"{name}: {entry.request_id} waits too long for its next attempt")
+        for attachment in router.shell.attachments.by_node.values():
+            silent_s = now_s - attachment.last_heard_s
+            has_stood_still = self._world.now_s - router.process.last_resumed_s < 2.0
+            if silent_s > core.config.node_silence_s + LATE_S and not has_stood_still:
+                raise Violation(
+                    f"{name}: {attachment.node_id} is silent for {silent_s:.2f} s and still attached"
+                )
         for (attempt_id, role), released_s in ledger.releasing.items():
             if now_s - released_s <= core.config.ack_timeout_s + LATE_S:
                 break
@@ -111,12 +123,32 @@ class Invariants:
                 if world_s - since_s > MAX_ENDING_S and not self._was_disturbed(name, MAX_ENDING_S + 4.0):
                     raise Violation(f"{name}: {transfer_id} is {state} since {since_s:.2f} s")
                 continue
+            self._check_remembered(node, transfer_id)
             heard_s = node.heard_s.get(transfer_id.router_epoch, -1e9)
             if world_s - heard_s > LEASE_S * 1.25 + 2 * TICK_S + LATE_S and not is_disturbed:
                 raise Violation(
                     f"{name}: {transfer_id} is {state}, its router was last heard at {heard_s:.2f} s,"
                     f" the lease is {LEASE_S:g} s"
                 )
+
+    def _check_remembered(self, node: SimNode, transfer_id: TransferId) -> None:
+        """No node works for long on what its router has given up."""
+        router = self._router_of_epoch(transfer_id.router_epoch)
+        if router is None or transfer_id.attempt in router.core._ledger.attempts:
+            return
+        since_s = self._forgotten_since_s.setdefault((node.name, transfer_id), self._world.now_s)
+        names = (node.name, router.process.name)
+        if self._world.now_s - since_s < MAX_FORGOTTEN_S or any(
+            self._was_disturbed(name, MAX_FORGOTTEN_S + 2.0) for name in names
+        ):
+            return
+        raise Violation(f"{node.name}: {transfer_id} is not in its router's books since {since_s:.2f} s")
+
+    def _router_of_epoch(self, router_epoch: int) -> SimRouter | None:
+        for router in self._cluster.routers:
+            if router.process.is_alive and router.core.router_epoch == router_epoch:
+                return router
+        return None
 
     def _check_bounds(self, node: SimNode) -> None:
         owner, config = node.transfers.owner, node.config.transfer

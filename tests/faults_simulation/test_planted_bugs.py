@@ -12,14 +12,12 @@ NUM_SEEDS = 500
 
 @pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.__name__)
 def test_a_planted_bug_is_found(plant: Plant) -> None:
-    for seed in range(NUM_SEEDS):
-        with pytest.MonkeyPatch.context() as patch:
-            plant(patch)
-            if run_seed(seed).violation:
-                assert not _fails_by_itself(seed)
-                return
-    pytest.fail(f"{plant.__name__} was not found in {NUM_SEEDS} seeds")
+    seed = next((seed for seed in range(NUM_SEEDS) if _is_found(plant, seed)), None)
+    assert seed is not None, f"{plant.__name__} was not found in {NUM_SEEDS} seeds"
+    assert not run_seed(seed).violation, "it fails by itself"
 
 
-def _fails_by_itself(seed: int) -> bool:
-    return bool(run_seed(seed).violation)
+def _is_found(plant: Plant, seed: int) -> bool:
+    with pytest.MonkeyPatch.context() as patch:
+        plant(patch)
+        return bool(run_seed(seed).violation)

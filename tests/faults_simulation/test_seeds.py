@@ -12,8 +12,8 @@ from collections import Counter
 
 import pytest
 
-from kvrelay.simulator.faults.faults import FAULT_KINDS
 from kvrelay.simulator.faults.run import TRANSCRIPT_LINES, tell_failure
+from kvrelay.simulator.faults.scenario import FAULT_KINDS
 from kvrelay.simulator.faults.simulate import Outcome, run_seed
 
 NUM_SEEDS = 200
@@ -30,7 +30,7 @@ def test_whatever_breaks_nothing_is_lost(first_seed: int) -> None:
 
 @pytest.fixture(scope="module")
 def outcomes() -> list[Outcome]:
-    return [run_seed(seed) for seed in range(40)]
+    return [run_seed(seed) for seed in range(60)]
 
 
 def test_the_simulation_meets_what_it_is_there_for(outcomes: list[Outcome]) -> None:
