@@ -26,7 +26,7 @@ class NodeConfig:
     router's to say. At most `max_pending_tokens` wait for a router that reads slowly; one that is more than
     `max_buffered_kv_keys` changed KV blocks behind gets all of them anew. `load_interval_s` is how often a
     busy node tells its load at most. When the node is attached to its first router it writes `ready_file`, if
-    given.
+    given. `transfer.listen_host` empty: `kvrelay.node.transfer_host` finds one.
 
     Raises:
         ConfigError: listing every fault.
@@ -41,7 +41,7 @@ class NodeConfig:
     drain_timeout_s: float = 30.0
     connect_timeout_s: float = 5.0
     reconnect_initial_s: float = 0.1
-    reconnect_max_s: float = 5.0
+    reconnect_max_s: float = 1.0
     max_pending_tokens: int = 1 << 18
     max_buffered_kv_keys: int = 1 << 18
     load_interval_s: float = 0.1

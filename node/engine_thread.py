@@ -73,6 +73,7 @@ class EngineThread:
         self._transfer_ids: dict[SequenceKey, TransferId] = {}
         self._load_read_s = float("-inf")
         self._is_stalled = False
+        self._busy_since_s: float | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self.prepared = asyncio.Event()
@@ -95,6 +96,11 @@ class EngineThread:
             self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
+    def stuck_for_s(self) -> float:
+        """How long the turn under way has taken, from any thread; 0 while the engine waits for commands."""
+        since_s = self._busy_since_s
+        return 0.0 if since_s is None else max(0.0, self._clock.now_s() - since_s)
+
     # ---- in the thread -----------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -113,7 +119,10 @@ class EngineThread:
     def _turn(self) -> bool:
         """Take the commands that wait, compute a step or a part of it; False when told to stop."""
         events: list[EngineEvent] = []
-        for command in self._take_commands():
+        self._busy_since_s = None
+        commands = self._take_commands()
+        self._busy_since_s = self._clock.now_s()
+        for command in commands:
             if isinstance(command, _Stop):
                 return False
             self._apply(command, events)
