@@ -27,9 +27,12 @@ async def with_transfer_host(config: NodeConfig, notifier: Notifier) -> NodeConf
     known: right after a boot there may be no network."""
     if config.transfer.listen_host:
         return config
+    status = f"no way to a router yet: {', '.join(config.routers)}"
+    has_said = False
     while (host := await find_transfer_host(config.routers)) is None:
-        status = f"no way to a router yet: {', '.join(config.routers)}"
-        logger.warning("%s", status)
+        if not has_said:
+            logger.warning("%s", status)
+        has_said = True
         notifier.extend(status, _EXTENSION_S)
         await asyncio.sleep(RETRY_S)
     logger.info("transfer.listen_host=%s: this host's address on the way to its routers", host)
