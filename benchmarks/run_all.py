@@ -22,6 +22,7 @@ BENCHMARKS = (
     "proxy_streams",
     "router_core",
     "block_index",
+    "router_restart",
     "client_tokenize",
     "footprint",
 )

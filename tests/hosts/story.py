@@ -16,6 +16,7 @@ from tests.hosts.run import NAMES
 
 ROUTER, PROXY = "kvrelay-router@a", "kvrelay-proxy@a"
 PREFILL, DECODE = "kvrelay-prefill@0", "kvrelay-decode@0"
+CAP_IPC_LOCK: Final = 1 << 14
 IMPATIENT: Final = "[Service]\nWatchdogSec=4\nTimeoutAbortSec=3\n"
 HUNG: Final = """\
 [node]
@@ -55,6 +56,7 @@ class Story:
             self.boot_three_bare_hosts,
             self.install_on_each,
             self.start_the_services,
+            self.look_how_they_run,
             self.get_a_first_answer,
             self.restart_the_proxy_under_load,
             self.let_the_watchdog_find_a_stopped_process,
@@ -104,6 +106,19 @@ class Story:
             (self.prefill, f"{PREFILL}.service"),
             (self.decode, f"{DECODE}.service"),
         )
+
+    def look_how_they_run(self) -> str:
+        """What the units promise of a process, by the kernel's own account."""
+        for host, units in self._units():
+            for unit in units.split():
+                pid = property_of(host, unit, "MainPID")
+                status = host.run(f"cat /proc/{pid}/status")
+                assert "NoNewPrivs:\t1" in status, status
+                assert "Seccomp:\t2" in status, status
+                assert host.run(f"stat -c %U /proc/{pid}").strip() == "kvrelay"
+                may_pin = unit.startswith((PREFILL, DECODE))  # which matters more than a limit on it
+                assert f"CapEff:\t{CAP_IPC_LOCK if may_pin else 0:016x}\n" in status, status
+        return "as the user kvrelay, without privileges; nodes may pin memory"
 
     def get_a_first_answer(self) -> str:
         self.answer = self.cluster.ask()
