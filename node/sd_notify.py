@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from typing import Final
 
 _MICROSECONDS: Final = 1_000_000
+_SEND_TIMEOUT_S: Final = 0.5
+"""A manager that is busy for a moment must not miss a word; one that hangs must not hold the service up."""
 _MAX_STATUS_CHARS: Final = 200
 
 
@@ -65,7 +67,7 @@ class Notifier:
             return
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-                sender.setblocking(False)
+                sender.settimeout(_SEND_TIMEOUT_S)
                 sender.sendto("\n".join(lines).encode(), self._address)
         except OSError:
             return
