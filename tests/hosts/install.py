@@ -73,6 +73,7 @@ def install(host: Host, wheel: Path, configs: Iterable[str], router: str) -> Non
         text = text.replace('"host-a:7070"', f'"{router}"').replace('model = "smollm2"', f'model = "{MODEL}"')
         text = text.replace("[transfer]", '[transfer]\ntransport = "tcp"')
         write(host, f"/etc/kvrelay/{name}", text)
+        host.run(f"/opt/kvrelay/bin/kvrelay config check /etc/kvrelay/{name}")
     host.run("systemctl daemon-reload")
 
 
