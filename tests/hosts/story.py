@@ -127,10 +127,11 @@ class Story:
         address = nodes["decode"]["transfer_address"]
         assert address == f"{self.decode.address}:7072", f"KV goes to {address}, which is not the decode host"
         assert nodes["prefill"]["node_id"] == "prefill-0.host-b"
-        for port, figure in (
-            (7071, 'kvrelay_nodes{draining="false",role="decode"} 1.0'),
-            (8000, "kvrelay_proxy_"),
-        ):
+        figures = {
+            7071: 'kvrelay_nodes{draining="false",role="decode"} 1.0',
+            8000: "kvrelay_proxy_requests_total",
+        }
+        for port, figure in figures.items():
             assert figure in self.front.run(f"curl --silent http://{self.front.address}:{port}/metrics")
         return repr(self.answer)
 
