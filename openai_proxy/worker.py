@@ -46,9 +46,10 @@ def run_worker(
             limit_concurrency=config.max_connections,
             backlog=BACKLOG,
             timeout_keep_alive=75,
-            timeout_graceful_shutdown=max(1, round(config.drain_timeout_s)),
+            timeout_graceful_shutdown=1,  # after the drain
         ),
         app,
+        config.drain_timeout_s,
         on_stopping,
     )
 

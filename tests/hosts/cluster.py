@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from tests.hosts.host import Host
 
-PATIENCE_S: Final = 90.0
+PATIENCE_S: Final = 240.0
 _POLL_S: Final = 0.2
 PROMPT: Final = "What is the capital of France?"
 

@@ -17,8 +17,8 @@ from tests.hosts import cgroups
 
 BRIDGE: Final = "br0"
 NETWORK: Final = "10.77.0"
-BOOT_TIMEOUT_S: Final = 90.0
-RUN_TIMEOUT_S: Final = 180.0
+BOOT_TIMEOUT_S: Final = 240.0
+RUN_TIMEOUT_S: Final = 240.0
 _POLL_S: Final = 0.1
 _MASKED: Final = (
     "systemd-firstboot",

@@ -28,7 +28,7 @@ from kvrelay.openai_proxy.life_signs import LifeBoard, keep_board, keep_pulse, u
 from kvrelay.openai_proxy.listening import listen
 from kvrelay.openai_proxy.metrics import ProxyMetrics
 from kvrelay.openai_proxy.usage_board import UsageBoard
-from tests.client.fake_router import FakeRouter
+from tests.client.fake_router import FakeRouter, ScriptedCall
 
 
 class _Server(DrainingServer):
@@ -53,7 +53,7 @@ async def proxy(router: FakeRouter, monkeypatch, tmp_path: Path) -> AsyncIterato
     app = make_app(ProxyConfig(routers=(router.address,)), Access((), UsageBoard(0)), ProxyMetrics())
     stopping = asyncio.Event()
     config = uvicorn.Config(app, http="httptools", lifespan="on", log_config=None)
-    server = _Server(config, app, stopping.set)
+    server = _Server(config, app, 60.0, stopping.set)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         serving = asyncio.create_task(server.serve(sockets=[listening]))
         yield RunningProxy(f"http://127.0.0.1:{listening.getsockname()[1]}", server, serving, stopping)
@@ -71,6 +71,27 @@ async def test_a_request_over_an_idle_connection_is_answered_while_the_proxy_end
         assert last.status_code == 200
         assert last.headers["connection"] == "close"
         await proxy.serving
+
+
+async def test_a_connection_whose_answer_began_before_the_end_takes_one_more_request(proxy, router) -> None:
+    """Its caller was not told that the connection ends."""
+    may_end = asyncio.Event()
+
+    async def answer(call: ScriptedCall) -> None:
+        await call.tokens(65)
+        await may_end.wait()
+        await call.finish()
+
+    router.script = answer
+    body = {"prompt": "x", "max_tokens": 1, "stream": True}
+    async with httpx.AsyncClient(base_url=proxy.base_url) as caller:
+        async with caller.stream("POST", "/v1/completions", json=body) as stream:
+            proxy.server.should_exit = True
+            await proxy.stopping.wait()
+            may_end.set()
+            assert "[DONE]" in (await stream.aread()).decode()
+        assert (await caller.get("/v1/models")).headers["connection"] == "close"
+    await proxy.serving
 
 
 async def test_a_proxy_that_ends_accepts_nobody_any_more(proxy) -> None:
