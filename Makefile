@@ -14,7 +14,7 @@ NODE_TESTS := tests/openai_proxy/node
 NODE_STAMP := $(NODE_TESTS)/node_modules/.installed
 
 .PHONY: help setup demo up test lint types imports proto proto-check unit simulate-faults test-node test-fuzz test-load \
-	test-gpu sanitize-gpu bench clean
+	test-hosts test-gpu sanitize-gpu bench clean
 .DEFAULT_GOAL := help
 
 help: ## This text
@@ -98,6 +98,9 @@ $(LOAD_STAMP): Makefile
 
 test-load: $(STAMP) $(LOAD_STAMP) ## An independent load tool (guidellm) against a whole cluster: no request may fail
 	$(BIN)/python -m benchmarks.load_tool --guidellm .venv-load/bin/guidellm
+
+test-hosts: $(STAMP) ## Three systemd hosts on this machine, from bare to an answer (needs root and systemd-nspawn)
+	$(BIN)/python -m tests.hosts.run
 
 test-gpu: $(STAMP) ## The torch engine on this machine's GPU against the CPU (skipped where there is none)
 	$(BIN)/python -m pytest tests/gpu

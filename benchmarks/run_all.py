@@ -26,6 +26,7 @@ BENCHMARKS = (
     "placement_decision",
     "admission",
     "refusals",
+    "router_restart",
     "client_tokenize",
     "footprint",
 )

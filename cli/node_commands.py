@@ -42,7 +42,7 @@ Examples:
 
 kvrelay {role}
 
-kvrelay {role} --router host-a:7070 --model /models/llama-3.1-8b --transfer-host host-b
+kvrelay {role} --router host-a:7070 --model /models/llama-3.1-8b
 
 kvrelay {role} --config {role}.toml --max-num-batched-tokens 1024"""
 
@@ -124,4 +124,8 @@ def _run_node(role: str, built: object) -> int:
 
 
 def _print_progress(fraction: float, text: str) -> None:
+    from kvrelay.node.load_progress import STALLED_LOAD_S
+    from kvrelay.node.sd_notify import Notifier
+
+    Notifier.from_environment().extend(f"preparing the model: {fraction:4.0%} {text}", STALLED_LOAD_S)
     print(f"{fraction:4.0%} {text}", file=sys.stderr, flush=True)

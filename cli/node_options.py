@@ -104,7 +104,8 @@ TransferHost = Annotated[
     typer.Option(
         "--transfer-host",
         metavar="HOST",
-        help="Address that KV is received on and that peers dial. Default: 127.0.0.1.",
+        help="Address that KV is received on and that peers dial. Default: this host's, on the way to its"
+        " routers.",
         rich_help_panel=_TRANSFER,
     ),
 ]

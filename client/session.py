@@ -146,7 +146,8 @@ class Session:
                 mailbox.put_end(finished)
         for stream_id, error in update.failed:
             if mailbox := mailboxes.pop(stream_id, None):
-                mailbox.put_end(AttemptFailed(error))
+                # One that drains refuses new calls, and another router is to be asked at once.
+                mailbox.put_end(AttemptFailed(error, lost_router=isinstance(error, RouterUnavailable)))
 
     def _deliver_one_each(self, update: SessionUpdate) -> None:
         now_s, find = self._now_s(), self._mailboxes.get

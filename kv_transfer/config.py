@@ -35,7 +35,8 @@ class KVTransferConfig:
     """How one node sends and receives KV.
 
     `transport` ``auto`` is ``ucx`` where NIXL works and ``tcp`` elsewhere. `listen_port` and `data_port`
-    (the second one used by ``tcp`` only) may be 0: any free port. `advertised_host` is what peers dial,
+    (the second one used by ``tcp`` only) may be 0: any free port. `listen_host` empty: a node takes the
+    address from which it reaches its routers, anything else 127.0.0.1. `advertised_host` is what peers dial,
     by default `listen_host`.
 
     Bytes in flight are bounded by `slot_bytes` times `num_send_slots` on the sending side and times
@@ -57,7 +58,7 @@ class KVTransferConfig:
     """
 
     transport: str = "auto"
-    listen_host: str = "127.0.0.1"
+    listen_host: str = ""
     listen_port: int = 0
     data_port: int = 0
     advertised_host: str = ""
@@ -87,8 +88,6 @@ class KVTransferConfig:
         faults = []
         if self.transport not in TRANSPORT_CHOICES:
             faults.append(f"transport must be one of {', '.join(TRANSPORT_CHOICES)}, got {self.transport!r}")
-        if not self.listen_host:
-            faults.append("listen_host must not be empty")
         if self.listen_host in _WILDCARD_HOSTS and not self.advertised_host:
             faults.append(f"advertised_host must be given when listen_host is {self.listen_host}")
         return faults + [
@@ -139,6 +138,11 @@ class KVTransferConfig:
         return replace(_DEFAULT_SLOTS[device_kind], **chosen)
 
     @property
+    def bound_host(self) -> str:
+        """The host whose ports are listened on."""
+        return self.listen_host or "127.0.0.1"
+
+    @property
     def dialled_host(self) -> str:
         """The host that peers connect to."""
-        return self.advertised_host or self.listen_host
+        return self.advertised_host or self.bound_host

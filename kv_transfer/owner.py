@@ -57,7 +57,7 @@ class TransferOwner:
         node, config = self._node, self._config
         send_staging = self._allocate(node.slots.num_send_slots)
         receive_staging = self._allocate(node.slots.num_receive_slots)
-        self._listener = node.sockets.listen(config.listen_host, config.listen_port)
+        self._listener = node.sockets.listen(config.bound_host, config.listen_port)
         try:
             chosen = self._choose(send_staging, receive_staging)
         except BaseException:
@@ -185,7 +185,7 @@ class TransferOwner:
     def _choose(self, send_staging: StagingMemory, receive_staging: StagingMemory) -> ChosenTransport:
         context = TransportContext(
             name=f"{self._node.node_id}-{self._node.incarnation}",
-            listen_host=self._config.listen_host,
+            listen_host=self._config.bound_host,
             data_port=self._config.data_port,
             ucx_tls=self._config.ucx_tls,
             send_staging=send_staging,

@@ -27,7 +27,7 @@ class NodeConfig:
     `max_buffered_kv_keys` changed KV blocks behind gets all of them anew. `load_interval_s` is how often a
     busy node tells its load at most. A prefix that another node is to send and that has not come within
     `pull_timeout_s` is computed. When the node is attached to its first router it writes `ready_file`, if
-    given.
+    given. `transfer.listen_host` empty: `kvrelay.node.transfer_host` finds one.
 
     Raises:
         ConfigError: listing every fault.
@@ -42,7 +42,7 @@ class NodeConfig:
     drain_timeout_s: float = 30.0
     connect_timeout_s: float = 5.0
     reconnect_initial_s: float = 0.1
-    reconnect_max_s: float = 5.0
+    reconnect_max_s: float = 1.0
     max_pending_tokens: int = 1 << 18
     max_buffered_kv_keys: int = 1 << 18
     load_interval_s: float = 0.1

@@ -50,6 +50,8 @@ class EngineThread:
         self._deliver = deliver
         self._max_commands = COMMANDS_PER_ATTEMPT * max_attempts
         self._commands: SimpleQueue[EngineCommand | _Stop] = SimpleQueue()
+        self._clock = clock
+        self._busy_since_s: float | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self.prepared = asyncio.Event()
@@ -71,6 +73,11 @@ class EngineThread:
             self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
+    def stuck_for_s(self) -> float:
+        """How long the turn under way has taken, from any thread; 0 while the engine waits for commands."""
+        since_s = self._busy_since_s
+        return 0.0 if since_s is None else max(0.0, self._clock.now_s() - since_s)
+
     # ---- in the thread -----------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -78,7 +85,9 @@ class EngineThread:
             self._turns.prepare()
             self._call_soon(self.prepared.set)
             while (commands := self._take_commands()) is not None:
+                self._busy_since_s = self._clock.now_s()
                 self._turns.turn(commands)
+                self._busy_since_s = None
         except Exception as error:  # the engine's outermost loop: a fault of the engine itself
             logger.exception("engine failed")
             self._post([EngineDied(f"the engine raised {type(error).__name__}: {error}")], None, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import gc
 import logging
 import os
@@ -10,7 +11,7 @@ import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import uvloop
 
@@ -22,12 +23,15 @@ from kvrelay.engine.interface import Engine
 from kvrelay.kv_transfer.service import KVTransferService
 from kvrelay.node.config import NodeConfig
 from kvrelay.node.core import NodeCore, NodeCoreConfig
-from kvrelay.node.load_progress import LoadProgress
+from kvrelay.node.load_progress import STALLED_LOAD_S, LoadProgress
 from kvrelay.node.monotonic_clock import MonotonicClock
+from kvrelay.node.pulse import Pulse
 from kvrelay.node.ready_file import write_ready_file
-from kvrelay.node.service import NodeService
+from kvrelay.node.sd_notify import Notifier
+from kvrelay.node.service import CLOSE_TIMEOUT_S, NodeService
 from kvrelay.node.stop_signals import StopSignals
 from kvrelay.node.tokenizer_bundle import build_tokenizer_bundle
+from kvrelay.node.transfer_host import with_transfer_host
 from kvrelay.node.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
@@ -52,10 +56,13 @@ def run_node(config: NodeConfig, make_core: MakeCore) -> int:
     logging.basicConfig(
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
+    faulthandler.enable()  # a watchdog's SIGABRT leaves the stacks of all threads in the log
+    notifier = Notifier.from_environment()
     try:
-        engine = load_engine(config.engine, LoadProgress(sys.stderr))
+        engine = load_engine(config.engine, LoadProgress(sys.stderr, notifier))
         if config.engine.device != "cpu":
             sys.setswitchinterval(GPU_SWITCH_INTERVAL_S)
+        notifier.extend("warming up", STALLED_LOAD_S)
         warm_up(engine)
         tokenizer = _build_tokenizer(config)
         # What has been loaded stays: the collector need not look at it again.
@@ -65,7 +72,7 @@ def run_node(config: NodeConfig, make_core: MakeCore) -> int:
             _max_attempts(config), engine.info.fingerprint.digest, config.pull_timeout_s
         )
         with closing(engine), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_serve(config, make_core(core_config), engine, tokenizer))
+            return runner.run(_serve(config, make_core(core_config), engine, tokenizer, notifier))
     except KVRelayError as error:
         for line in error.message.splitlines():
             _complain(config.role, line)
@@ -95,28 +102,54 @@ def _build_tokenizer(config: NodeConfig) -> bytes | None:
     return build_tokenizer_bundle(Path(folder)) if folder else None
 
 
-async def _serve(config: NodeConfig, core: NodeCore, engine: Engine, tokenizer: bytes | None) -> int:
-    service = NodeService(
-        config, core, engine, KVTransferService, clock=MonotonicClock(), tokenizer=tokenizer
-    )
+async def _serve(
+    config: NodeConfig, core: NodeCore, engine: Engine, tokenizer: bytes | None, notifier: Notifier
+) -> int:
     with StopSignals() as signals:
+        reachable = await _until_reachable(config, notifier, signals)
+        if reachable is None:
+            return EXIT_OK
+        service = NodeService(
+            reachable, core, engine, KVTransferService, clock=MonotonicClock(), tokenizer=tokenizer
+        )
+        pulse = Pulse(notifier, service.stuck_for_s, service.describe)
+        beating: asyncio.Task[None] | None = None
         try:
+            notifier.extend("preparing the engine", STALLED_LOAD_S)
             await service.start()
-            status, at_once = await _until_stopped(config, service, signals)
+            beating = asyncio.create_task(pulse.run(), name="pulse")
+            status, at_once = await _until_stopped(config, service, signals, pulse)
         except BaseException:
             await service.close(at_once=True)
             raise
         await service.close(at_once=at_once)
+        if beating is not None:
+            beating.cancel()
     return status
 
 
-async def _until_stopped(config: NodeConfig, service: NodeService, signals: StopSignals) -> tuple[int, bool]:
+async def _until_reachable(config: NodeConfig, notifier: Notifier, signals: StopSignals) -> NodeConfig | None:
+    """The configuration with an address that peers can dial; None: told to stop before one was found."""
+    finding = asyncio.create_task(with_transfer_host(config, notifier))
+    told = asyncio.create_task(signals.first.wait())
+    await _first_of(finding, told)
+    told.cancel()
+    if finding.done():
+        return await finding
+    finding.cancel()
+    return None
+
+
+async def _until_stopped(
+    config: NodeConfig, service: NodeService, signals: StopSignals, pulse: Pulse
+) -> tuple[int, bool]:
     """Returns the exit status, and whether to leave at once."""
-    ready = asyncio.create_task(_announce_ready(config, service))
+    ready = asyncio.create_task(_announce_ready(config, service, pulse))
     first, second = asyncio.create_task(signals.first.wait()), asyncio.create_task(signals.second.wait())
     try:
         await _first_of(first, service.failed)
         if not service.failed.done():
+            pulse.notifier.stopping("draining", config.drain_timeout_s + CLOSE_TIMEOUT_S)
             drain = asyncio.create_task(service.drain())
             await _first_of(drain, second, service.failed)
             if drain.done():
@@ -132,11 +165,11 @@ async def _until_stopped(config: NodeConfig, service: NodeService, signals: Stop
             task.cancel()
 
 
-async def _first_of(*ends: asyncio.Task[bool] | asyncio.Task[None] | asyncio.Future[str]) -> None:
-    await asyncio.wait(set(ends), return_when=asyncio.FIRST_COMPLETED)
+async def _first_of(*ends: asyncio.Future[Any]) -> None:
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
 
 
-async def _announce_ready(config: NodeConfig, service: NodeService) -> None:
+async def _announce_ready(config: NodeConfig, service: NodeService, pulse: Pulse) -> None:
     await service.attached.wait()
     logger.info("ready node=%s transfer=%s", service.node_id, service.transfer_address)
     if config.ready_file:
@@ -147,3 +180,4 @@ async def _announce_ready(config: NodeConfig, service: NodeService) -> None:
             "transfer_address": service.transfer_address,
         }
         write_ready_file(Path(config.ready_file), facts)
+    pulse.ready()

@@ -48,6 +48,8 @@ TICK_S: Final = 0.2
 HAND_BACK_TIMEOUT_S: Final = 5.0
 """After a drain's time is over: how long the engine and the peers may take to let go."""
 ENGINE_STOP_TIMEOUT_S: Final = 5.0
+CLOSE_TIMEOUT_S: Final = 20.0
+"""More than all that follows a drain takes: handing back, leaving the routers, stopping the engine."""
 
 
 TransferFactory = Callable[
@@ -110,6 +112,18 @@ class NodeService:
     def transfer_address(self) -> str:
         """Where other nodes send KV to, ``host:port``; known after `start`."""
         return self._transfer.address
+
+    def stuck_for_s(self) -> float:
+        """How long the engine's thread has stood still in one turn; 0 while it waits for work."""
+        return self._engine_thread.stuck_for_s()
+
+    def describe(self) -> str:
+        """What the node does, in a few words."""
+        num_attached, num_routers = len(self._link_of_epoch), len(self._links)
+        if not self.attached.is_set():
+            return f"waiting for a router: {', '.join(self._config.routers)}"
+        state = "draining" if self._core.is_draining else "serving"
+        return f"{state}: {self._core.num_attempts} attempts, {num_attached} of {num_routers} routers"
 
     # ---- life --------------------------------------------------------------------------------------
 

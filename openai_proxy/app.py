@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, Final, cast
 
@@ -39,6 +40,8 @@ from kvrelay.openai_proxy.sse import compact_json
 logger = logging.getLogger(__name__)
 
 Handler = Callable[[Request, Any], Awaitable[Response]]
+Companion = Callable[[AsyncClient], Coroutine[None, None, None]]
+"""Runs beside the application until it is cancelled, with the application's client."""
 
 
 class ErrorDetail(BaseModel):
@@ -73,8 +76,13 @@ _ERRORS: Final[dict[int | str, dict[str, Any]]] = {
 }
 
 
-def make_app(config: ProxyConfig, access: Access, metrics_of_worker: ProxyMetrics) -> Gateway:
-    """One worker's application. Its client dials no router before it is asked for something."""
+def make_app(
+    config: ProxyConfig,
+    access: Access,
+    metrics_of_worker: ProxyMetrics,
+    companion: Companion | None = None,
+) -> Gateway:
+    """One worker's application. Its client dials no router before it, or `companion`, asks for something."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -83,7 +91,11 @@ def make_app(config: ProxyConfig, access: Access, metrics_of_worker: ProxyMetric
         )
         async with AsyncClient(config.routers, config=client_config) as client:
             app.state.service = ProxyService(config, client, metrics_of_worker)
+            beside = asyncio.create_task(companion(client)) if companion else None
             yield
+            if beside is not None:
+                beside.cancel()
+                await asyncio.wait([beside])
 
     app = FastAPI(
         title="kvrelay",

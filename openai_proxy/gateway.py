@@ -38,7 +38,10 @@ class BodyTooLargeError(HTTPException):
 
 
 class Gateway:
-    """Wraps the application. `max_requests` are under way at once, each body has `max_body_bytes` at most."""
+    """Wraps the application. `max_requests` are under way at once, each body has `max_body_bytes` at most.
+
+    While `is_draining`, every answer says that its connection ends with it.
+    """
 
     def __init__(
         self, app: ASGIApp, access: Access, metrics: ProxyMetrics, *, max_body_bytes: int, max_requests: int
@@ -49,6 +52,7 @@ class Gateway:
         self._max_body_bytes = max_body_bytes
         self._max_requests = max_requests
         self._num_requests = 0
+        self.is_draining = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -140,6 +144,8 @@ class _Passage:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             message["headers"] = [*message.get("headers", ()), (b"x-request-id", self.request_id.encode())]
+            if self._gateway.is_draining and self.status != 413:  # which says so anyway
+                message["headers"].append((b"connection", b"close"))
         await self._send(message)
 
     def _check_length(self, num_bytes: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import multiprocessing
 import os
@@ -11,16 +12,21 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Final
 
-from kvrelay.core.errors import ConfigError
 from kvrelay.node.parent_death import die_with
+from kvrelay.node.pulse import Pulse
 from kvrelay.node.ready_file import write_ready_file
+from kvrelay.node.sd_notify import Notifier
 from kvrelay.openai_proxy.access import Access, ApiKey, read_keys
 from kvrelay.openai_proxy.config import ProxyConfig
+from kvrelay.openai_proxy.life_signs import LifeBoard, keep_board, keep_pulse
+from kvrelay.openai_proxy.listening import listen
 from kvrelay.openai_proxy.usage_board import UsageBoard
 
 logger = logging.getLogger(__name__)
@@ -43,25 +49,30 @@ def run_proxy(config: ProxyConfig) -> int:
     logging.basicConfig(
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
+    faulthandler.enable()  # a watchdog's SIGABRT leaves the stacks of all threads in the log
     keys = read_keys(Path(config.keys_file)) if config.keys_file else ()
-    with _listen(config) as listening:
+    with listen(config) as listening:
         _announce(config, listening)
         if config.workers == 1:
-            from kvrelay.openai_proxy.worker import run_worker
-
-            run_worker(config, Access(keys, UsageBoard(len(keys))), listening)
+            _run_alone(config, Access(keys, UsageBoard(len(keys))), listening)
             return EXIT_OK
         return _Supervisor(config, keys, listening).run()
 
 
-def _listen(config: ProxyConfig) -> socket.socket:
-    try:
-        family, _, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family, backlog=2048)
-    except OSError as error:
-        why = error.strerror or str(error)
-        text = f"port {config.port} can't be listened on at {config.host}: {why}"
-        raise ConfigError(text, field="port") from None
+def _run_alone(config: ProxyConfig, access: Access, listening: socket.socket) -> None:
+    from kvrelay.openai_proxy.worker import run_worker
+
+    pulse = _make_pulse(config, lambda: 0.0)
+    companion = partial(keep_pulse, pulse) if pulse.notifier.is_heard else None
+    run_worker(config, access, listening, companion, partial(_say_stopping, config, pulse))
+
+
+def _make_pulse(config: ProxyConfig, stuck_for_s: Callable[[], float]) -> Pulse:
+    return Pulse(Notifier.from_environment(), stuck_for_s, lambda: f"routers: {', '.join(config.routers)}")
+
+
+def _say_stopping(config: ProxyConfig, pulse: Pulse) -> None:
+    pulse.notifier.stopping("draining", config.drain_timeout_s + 2 * STOP_MARGIN_S)
 
 
 def _announce(config: ProxyConfig, listening: socket.socket) -> None:
@@ -86,6 +97,8 @@ class _Supervisor:
         self._keys = keys
         self._listening = listening
         self._board = UsageBoard(len(keys), config.workers)
+        self._life = LifeBoard(config.workers)
+        self._pulse = _make_pulse(config, self._life.stuck_for_s)
         self._workers: dict[int, tuple[BaseProcess, float]] = {}
         self._pid = os.getpid()
         self._is_stopping = False
@@ -111,17 +124,27 @@ class _Supervisor:
 
     def _watch(self) -> bool:
         """Replace workers that die. False: one dies as soon as it is started."""
+        interval_s = self._pulse.interval_s if self._pulse.notifier.is_heard else None
         while not self._is_stopping:
-            wait([self._wake_reader, *(process.sentinel for process, _ in self._workers.values())])
+            sentinels = [process.sentinel for process, _ in self._workers.values()]
+            wait([self._wake_reader, *sentinels], interval_s)
+            self._beat()
             for worker, (process, started_s) in list(self._workers.items()):
                 if self._is_stopping or process.is_alive():
                     continue
                 logger.error("worker=%d pid=%s died exit=%s", worker, process.pid, process.exitcode)
                 self._forget_figures(process.pid)
+                self._life.forget(worker)
                 if time.monotonic() - started_s < MIN_LIFE_S:
                     return False
                 self._start(worker)
         return True
+
+    def _beat(self) -> None:
+        if self._life.are_all_ready and not self._pulse.is_ready:
+            self._pulse.ready()
+        else:
+            self._pulse.beat()
 
     def _start(self, worker: int) -> None:
         context = multiprocessing.get_context("fork")
@@ -137,10 +160,13 @@ class _Supervisor:
         from kvrelay.openai_proxy.worker import run_worker
 
         board = UsageBoard(len(self._keys), self._config.workers, worker, self._board.shared)
-        run_worker(self._config, Access(self._keys, board), self._listening)
+        is_heard, interval_s = self._pulse.notifier.is_heard, self._pulse.interval_s
+        companion = partial(keep_board, self._life, worker, interval_s) if is_heard else None
+        run_worker(self._config, Access(self._keys, board), self._listening, companion)
         sys.exit(EXIT_OK)
 
     def _stop(self) -> None:
+        _say_stopping(self._config, self._pulse)
         self._listening.close()  # Once the workers have too, callers are sent to another proxy.
         processes = [process for process, _ in self._workers.values()]
         for process in processes:

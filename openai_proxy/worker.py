@@ -7,21 +7,34 @@ import logging
 import signal
 import socket
 import sys
+from collections.abc import Callable
 
 import uvicorn
 
 from kvrelay.openai_proxy.access import Access
-from kvrelay.openai_proxy.app import make_app
+from kvrelay.openai_proxy.app import Companion, make_app
 from kvrelay.openai_proxy.config import ProxyConfig
+from kvrelay.openai_proxy.draining_server import DrainingServer
+from kvrelay.openai_proxy.listening import BACKLOG
 from kvrelay.openai_proxy.metrics import ProxyMetrics
 
 
-def run_worker(config: ProxyConfig, access: Access, listening: socket.socket) -> None:
-    """Serve until SIGTERM or SIGINT; then let what runs finish for at most `drain_timeout_s`."""
+def run_worker(
+    config: ProxyConfig,
+    access: Access,
+    listening: socket.socket,
+    companion: Companion | None = None,
+    on_stopping: Callable[[], None] = lambda: None,
+) -> None:
+    """Serve until SIGTERM or SIGINT; then let what runs finish for at most `drain_timeout_s`.
+
+    `companion` runs beside the application, `on_stopping` is called when the end begins.
+    """
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    server = uvicorn.Server(
+    app = make_app(config, access, ProxyMetrics(), companion)
+    server = DrainingServer(
         uvicorn.Config(
-            make_app(config, access, ProxyMetrics()),
+            app,
             loop="uvloop",
             http="httptools",
             ws="none",
@@ -31,10 +44,13 @@ def run_worker(config: ProxyConfig, access: Access, listening: socket.socket) ->
             server_header=False,
             date_header=False,
             limit_concurrency=config.max_connections,
-            backlog=2048,
+            backlog=BACKLOG,
             timeout_keep_alive=75,
-            timeout_graceful_shutdown=max(1, round(config.drain_timeout_s)),
-        )
+            timeout_graceful_shutdown=1,  # after the drain
+        ),
+        app,
+        config.drain_timeout_s,
+        on_stopping,
     )
 
     def on_signal(number: int, frame: object) -> None:

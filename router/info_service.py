@@ -67,8 +67,15 @@ class InfoService:
     async def list_models(
         self, request: router_pb2.ListModelsRequest, context: Context
     ) -> router_pb2.ListModelsResponse:
-        """The models that attached nodes serve."""
-        return encode_models(model_infos(self._shell.status()))
+        """The models that attached nodes serve.
+
+        Raises:
+            RouterUnavailable: none is attached, and this router has just started.
+        """
+        models = model_infos(self._shell.status())
+        if not models and self._shell.may_be_blind:
+            raise self._shell.blind("")
+        return encode_models(models)
 
     async def explain(
         self, request: router_pb2.ExplainRequest, context: Context

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import gc
 import logging
 import os
@@ -15,9 +16,11 @@ import uvloop
 
 from kvrelay.core.errors import KVRelayError
 from kvrelay.node.monotonic_clock import MonotonicClock
+from kvrelay.node.pulse import Pulse
 from kvrelay.node.ready_file import write_ready_file
+from kvrelay.node.sd_notify import Notifier
 from kvrelay.node.stop_signals import StopSignals
-from kvrelay.router.server import RouterServer
+from kvrelay.router.server import CLOSE_TIMEOUT_S, RouterServer
 from kvrelay.router.server_config import RouterConfig
 
 logger = logging.getLogger(__name__)
@@ -40,6 +43,7 @@ def run_router(config: RouterConfig) -> int:
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    faulthandler.enable()  # a watchdog's SIGABRT leaves the stacks of all threads in the log
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_serve(config))
@@ -59,13 +63,20 @@ def _complain(text: str) -> int:
 
 async def _serve(config: RouterConfig) -> int:
     server = RouterServer(config, MonotonicClock())
+    # What stands still here is the event loop, and then nothing beats.
+    pulse = Pulse(Notifier.from_environment(), lambda: 0.0, server.describe)
     with StopSignals() as signals:
         await server.start()
         # What has been loaded stays: the collector need not look at it again.
         gc.collect()
         gc.freeze()
         _announce_ready(config, server)
-        return await until_stopped(config, server, signals)
+        pulse.ready()
+        beating = asyncio.create_task(pulse.run(), name="pulse")
+        try:
+            return await until_stopped(config, server, signals, pulse.notifier)
+        finally:
+            beating.cancel()
 
 
 def _announce_ready(config: RouterConfig, server: RouterServer) -> None:
@@ -83,7 +94,9 @@ def _announce_ready(config: RouterConfig, server: RouterServer) -> None:
         write_ready_file(Path(config.ready_file), facts)
 
 
-async def until_stopped(config: RouterConfig, server: RouterServer, signals: StopSignals) -> int:
+async def until_stopped(
+    config: RouterConfig, server: RouterServer, signals: StopSignals, notifier: Notifier
+) -> int:
     """Wait for a signal or a bug, then stop; returns the exit status."""
     told = asyncio.create_task(signals.first.wait())
     told_twice = asyncio.create_task(signals.second.wait())
@@ -94,6 +107,7 @@ async def until_stopped(config: RouterConfig, server: RouterServer, signals: Sto
             traceback.print_exception(server.shell.bug.result())
             return EXIT_FAILED
         logger.info("draining timeout_s=%g", config.drain_timeout_s)
+        notifier.stopping("draining", config.drain_timeout_s + CLOSE_TIMEOUT_S)
         stopping = asyncio.create_task(server.stop(config.drain_timeout_s))
         stops: tuple[asyncio.Future[Any], ...] = (stopping, told_twice)
         await asyncio.wait(stops, return_when=asyncio.FIRST_COMPLETED)

@@ -46,6 +46,8 @@ SERVER_OPTIONS: Final = (
     ("grpc.keepalive_permit_without_calls", 1),
 )
 SETTLE_TIMEOUT_S: Final = 2.0
+CLOSE_TIMEOUT_S: Final = 10.0
+"""More than all that follows a drain takes: releases, open streams, the HTTP server."""
 _POLL_S: Final = 0.02
 
 
@@ -109,6 +111,13 @@ class RouterServer:
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for name in ("", ROUTER_SERVICE, CLUSTER_SERVICE):
             await self._health.set(name, status)
+
+    def describe(self) -> str:
+        """What the router does, in a few words."""
+        num_nodes, num_live = len(self.shell.attachments.by_node), len(self.shell.sessions.session_of)
+        return (
+            f"{'draining' if self.shell.is_draining else 'serving'}: {num_nodes} nodes, {num_live} requests"
+        )
 
     async def stop(self, drain_timeout_s: float) -> None:
         """Take no new requests, let the running ones finish for at most `drain_timeout_s`, then close."""

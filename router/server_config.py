@@ -20,7 +20,8 @@ class RouterConfig:
     `router_id` empty: host name and gRPC port. A session whose client reads so slowly that
     `max_buffered_tokens_per_session` tokens wait for it loses its live requests. On SIGTERM, requests get
     `drain_timeout_s` to finish. A session stops being read while it has `max_buffered_answers_per_session`
-    unsent answers to its calls.
+    unsent answers to its calls. For `attach_wait_s` after its start a router calls no model unknown: nodes
+    may be about to attach, so it has clients ask another router, or come again.
 
     Raises:
         ConfigError: with all faults, one a line.
@@ -43,6 +44,7 @@ class RouterConfig:
     max_tokenizers: int = 8
     hello_timeout_s: float = 10.0
     tokenizer_wait_s: float = 10.0
+    attach_wait_s: float = 2.0
     drain_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:

@@ -171,7 +171,9 @@ class RouterShell:
         if isinstance(call, KVRelayError):
             raise call
         self._refuse_when_draining()
-        models = self.attachments.models() if not call.model else []
+        models = self.attachments.models() if not call.model or self.may_be_blind else []
+        if self.may_be_blind and (call.model not in models if call.model else not models):
+            raise self.blind(call.model)
         event = self._admission.admit(session, stream_id, call, models, self.clock.now_s())
         self.sessions.add_request(session, stream_id, event.request_id)
         seed = event.request.sampling.seed if not event.request.sampling.is_greedy else None
@@ -206,6 +208,18 @@ class RouterShell:
         request_id = session.streams[stream_id]
         self.sessions.end_request(session.session_id, stream_id)
         self.dispatch(RequestCancelled(request_id))
+
+    @property
+    def may_be_blind(self) -> bool:
+        """Whether this router has started just now: what it does not know may be about to attach."""
+        return self.clock.now_s() - self.started_s < self.config.attach_wait_s
+
+    def blind(self, model: str) -> RouterUnavailable:
+        """The error for who asks what only attached nodes could tell."""
+        what = f"model {model!r}" if model else "any model"
+        return RouterUnavailable(
+            f"this router has just started, and no node that serves {what} is attached yet"
+        )
 
     def _refuse_when_draining(self) -> None:
         if self.is_draining:

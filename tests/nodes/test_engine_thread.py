@@ -89,6 +89,29 @@ class PatientEngine(SimEngine):
         return super().step()
 
 
+class HungEngine(SimEngine):
+    """Its step does not return before it is let go."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config)
+        self.has_begun, self.may_go = threading.Event(), threading.Event()
+
+    def step(self) -> StepOutput:
+        self.has_begun.set()
+        self.may_go.wait()
+        return super().step()
+
+
+class StoppedClock:
+    """Stands still until it is set."""
+
+    def __init__(self) -> None:
+        self.time_s = 100.0
+
+    def now_s(self) -> float:
+        return self.time_s
+
+
 def config() -> EngineConfig:
     return EngineConfig(
         "sim", EngineKind.SIM, num_blocks=64, max_num_seqs=4, max_waiting=2, sim_timing=INSTANT
@@ -221,3 +244,23 @@ async def test_more_commands_than_attempts_can_give_is_a_bug(recorder: Recorder)
         thread.send(ReleaseSequence(ONE))
     with pytest.raises(AssertionError, match="full"):
         thread.send(ReleaseSequence(ONE))
+
+
+async def test_a_step_that_does_not_return_shows_and_an_idle_engine_does_not(
+    recorder: Recorder, request_of: Callable[..., TokenRequest]
+) -> None:
+    engine, clock = HungEngine(config()), StoppedClock()
+    thread = EngineThread(
+        engine, clock, deliver=recorder.deliver, push_ready=recorder.push_ready, max_attempts=16
+    )
+    thread.start(asyncio.get_running_loop())
+    await thread.prepared.wait()
+    clock.time_s += 1000.0
+    assert thread.stuck_for_s() == 0.0, "it waits for commands, and that may take long"
+    thread.send(SubmitPrefill(ONE, request_of(5), ID))
+    await asyncio.to_thread(engine.has_begun.wait)
+    clock.time_s += 7.0
+    assert thread.stuck_for_s() == 7.0
+    engine.may_go.set()
+    await recorder.until(lambda: recorder.seen(StepFinished))
+    assert await asyncio.to_thread(thread.stop, 20)

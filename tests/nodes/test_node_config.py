@@ -16,6 +16,7 @@ from kvrelay.engine.config import EngineConfig, EngineKind
 from kvrelay.node.config import NodeConfig
 from kvrelay.node.load_progress import LoadProgress
 from kvrelay.node.ready_file import write_ready_file
+from kvrelay.node.sd_notify import Notifier
 from kvrelay.node.tokenizer_bundle import build_tokenizer_bundle
 from kvrelay.prefill_node.main import run_prefill_node
 
@@ -63,7 +64,7 @@ def test_ready_file_is_whole_and_leaves_no_partial(tmp_path: Path) -> None:
 
 def test_loading_prints_each_tenth_once() -> None:
     out = io.StringIO()
-    progress = LoadProgress(out)
+    progress = LoadProgress(out, Notifier())
     for step in range(101):
         progress(step / 100, "loading tiny")
     lines = out.getvalue().splitlines()

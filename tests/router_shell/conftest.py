@@ -270,12 +270,18 @@ class Router:
 
 @pytest.fixture
 async def make_router():
-    """Start a router with these settings; closed at the end, which no bug may have hastened."""
+    """Start a router with these settings; closed at the end, which no bug may have hastened. It knows at once
+    that what is not attached is not there, unless `attach_wait_s` says otherwise."""
     running = []
 
-    async def make(core=None, **settings):
+    async def make(core=None, *, attach_wait_s=0.0, **settings):
         config = RouterConfig(
-            listen_host="127.0.0.1", grpc_port=0, http_port=0, core=core or RouterCoreConfig(), **settings
+            listen_host="127.0.0.1",
+            grpc_port=0,
+            http_port=0,
+            core=core or RouterCoreConfig(),
+            attach_wait_s=attach_wait_s,
+            **settings,
         )
         server = RouterServer(config, MonotonicClock())
         await server.start()

@@ -10,6 +10,7 @@ import pytest
 
 from kvrelay.core.errors import ConfigError
 from kvrelay.core.node_messages import Role
+from kvrelay.node.sd_notify import Notifier
 from kvrelay.node.stop_signals import StopSignals
 from kvrelay.router.main import until_stopped
 from kvrelay.router.server_config import RouterConfig
@@ -91,7 +92,9 @@ async def test_told_twice_the_router_leaves_at_once_and_still_releases(
     await session.ask((1, call()))
     await session.until_tokens(1, 1)
     signals = StopSignals()
-    stopping = asyncio.create_task(until_stopped(RouterConfig(drain_timeout_s=600), router.server, signals))
+    stopping = asyncio.create_task(
+        until_stopped(RouterConfig(drain_timeout_s=600), router.server, signals, Notifier())
+    )
     signals.first.set()
     await router.until(lambda: router.server.shell.is_draining)
     signals.second.set()
