@@ -134,7 +134,10 @@ class Invariants:
     def _check_remembered(self, node: SimNode, transfer_id: TransferId) -> None:
         """No node works for long on what its router has given up."""
         router = self._router_of_epoch(transfer_id.router_epoch)
-        if router is None or transfer_id.attempt in router.core._ledger.attempts:
+        if router is None:
+            return
+        ledger = router.core._ledger
+        if transfer_id.attempt in ledger.attempts or transfer_id.attempt in ledger.pulls:
             return
         since_s = self._forgotten_since_s.setdefault((node.name, transfer_id), self._world.now_s)
         names = (node.name, router.process.name)

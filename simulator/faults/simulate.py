@@ -96,6 +96,8 @@ def _count(cluster: Cluster) -> dict[str, int]:
             counts["refused attempts"] += counters.num_attempts_refused
             counts["overdue releases"] += counters.num_overdue_releases
             counts["kv gaps"] += counters.num_kv_gaps
+            counts["pulls"] += counters.num_pulls
+            counts["failed pulls"] += counters.num_pulls_failed
     for node in cluster.nodes:
         if node.process.life:
             counts["preemptions"] += node.worker.engine.load().num_preemptions

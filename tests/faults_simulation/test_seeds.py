@@ -30,7 +30,7 @@ def test_whatever_breaks_nothing_is_lost(first_seed: int) -> None:
 
 @pytest.fixture(scope="module")
 def outcomes() -> list[Outcome]:
-    return [run_seed(seed) for seed in range(60)]
+    return [run_seed(seed) for seed in range(100)]
 
 
 def test_the_simulation_meets_what_it_is_there_for(outcomes: list[Outcome]) -> None:
@@ -40,9 +40,9 @@ def test_the_simulation_meets_what_it_is_there_for(outcomes: list[Outcome]) -> N
         counters.update(outcome.counters)
         ends.update(outcome.ends)
     assert {*FAULT_KINDS, "rolling restart"} == set(faults)
-    for name in ("router continuations", "client continuations", "client retries", "refused attempts"):
+    for name in ("router continuations", "client continuations", "client retries", "refused attempts", "pulls"):
         assert counters[name] > 20, counters
-    for name in ("corrupted writes", "late writes", "kv gaps", "overdue releases"):
+    for name in ("corrupted writes", "late writes", "kv gaps", "overdue releases", "failed pulls"):
         assert counters[name] > 0, counters
     assert ends["finished"] > 300, ends
     assert ends["satisfied"] > 20, ends

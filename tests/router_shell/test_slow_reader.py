@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from kvrelay.core.errors import Overloaded
@@ -23,6 +24,7 @@ class ScriptedCore:
     def __init__(self, effects: list[Any]) -> None:
         self.effects = effects
         self.events: list[Any] = []
+        self.look_again_s = math.inf
 
     def handle(self, event: Any, now_s: float) -> list[Any]:
         if isinstance(event, Ticked):
