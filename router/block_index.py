@@ -40,11 +40,11 @@ _FEW_BITS: Final = 12
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PrefixMatch:
-    """How many leading blocks of one chain each node holds, ``int32[max_nodes]`` by node: `device` counts
+    """How many leading blocks of one chain each node holds, ``int64[max_nodes]`` by node: `device` counts
     those on its device, `either` those in its host tier as well. Read only; both may be one array."""
 
-    device: NDArray[np.int32]
-    either: NDArray[np.int32]
+    device: NDArray[np.int64]
+    either: NDArray[np.int64]
 
 
 class BlockIndex:
@@ -254,9 +254,9 @@ def _small_keys(keys: BlockKeys) -> list[int]:
     return [key & _KEY_MASK for key in keys]
 
 
-def _depth_of_bits(ends: Iterable[tuple[int, int]], num_bits: int) -> NDArray[np.int32]:
+def _depth_of_bits(ends: Iterable[tuple[int, int]], num_bits: int) -> NDArray[np.int64]:
     """By bit, the depth beside which it stands in `ends`, which are pairs of a mask and a depth; else 0."""
-    counts = np.zeros(num_bits, np.int32)
+    counts = np.zeros(num_bits, np.int64)
     places: list[int] = []
     depths: list[int] = []
     for mask, depth in ends:

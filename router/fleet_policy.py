@@ -49,7 +49,7 @@ class FleetPolicy(FirstComePolicy):
         """The fleets of a model that can hand KV to each other, in an order that does not change."""
         for (of_model, digest, _), prefill in self._prefill.items():
             decode = self._decode.get((of_model, digest)) if of_model == model else None
-            if decode is not None and prefill.is_open.any() and decode.slots.num_nodes:
+            if decode is not None and prefill.num_open and decode.slots.num_nodes:
                 yield prefill, decode
 
     def reconsider(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvrelay.router.block_index import BlockKeys, PrefixMatch
 from kvrelay.router.learned_costs import Ints
@@ -26,7 +27,7 @@ class PrefillOptions:
     pulled_tokens: Ints
     pull_s: Floats
     work_s: Floats
-    does_pull: Ints
+    does_pull: NDArray[np.bool_]
     holder: int
     least_work_s: float
 
@@ -49,21 +50,22 @@ def prefill_options(keys: BlockKeys, num_tokens: int, fleet: PrefillFleet) -> Pr
     own_tokens = np.minimum(held.later * fleet.block_size, most)
     holder = int(held.now.argmax())
     best = min(int(held.now[holder]) * fleet.block_size, most)
-    own_s = np.where(num_tokens < fleet.max_tokens, fleet.costs.seconds(num_tokens, own_tokens), np.inf)
-    if best == 0 or best <= own_tokens.min():
+    own_s = fleet.costs.seconds(num_tokens, own_tokens)
+    own_s[num_tokens >= fleet.max_tokens] = np.inf
+    if best == 0 or best <= own_tokens[own_tokens.argmin()]:
         no_pull = np.zeros(len(own_tokens))
         return PrefillOptions(
             keys, held.match, held.later, own_tokens, own_tokens, no_pull, own_s,
-            no_pull.astype(np.int64), holder, float(own_s.min()),
+            np.zeros(len(own_tokens), np.bool_), holder, float(own_s[own_s.argmin()]),
         )  # fmt: skip
     pulled_tokens = np.maximum(own_tokens, best)
     pull_s = fleet.pull_costs.seconds(pulled_tokens - own_tokens)
     pulled_s = pull_s + fleet.costs.seconds(num_tokens, pulled_tokens)
-    does_pull = (pulled_s < own_s) & fleet.can_pull & np.isfinite(own_s)
+    does_pull = (pulled_s < own_s) & fleet.can_pull & (own_s < np.inf)
     work_s = np.where(does_pull, pulled_s, own_s)
     return PrefillOptions(
-        keys, held.match, held.later, own_tokens, pulled_tokens, np.where(does_pull, pull_s, 0.0), work_s,
-        does_pull.astype(np.int64), holder, float(work_s.min()),
+        keys, held.match, held.later, own_tokens, pulled_tokens, pull_s * does_pull, work_s,
+        does_pull, holder, float(work_s[work_s.argmin()]),
     )  # fmt: skip
 
 
