@@ -58,6 +58,8 @@ class BlockIndex:
         self.max_nodes = max_nodes
         self.num_entries = 0
         """A block that n nodes hold counts n times."""
+        self.is_current: NDArray[np.bool_] = np.ones(max_nodes, np.bool_)
+        """By node, whether what is stored of it is what it said last; set by whoever stores it."""
         self.num_evicted = 0
         """Entries dropped because of the bound."""
         num_tables = 1 << max(0, (max_entries // _KEYS_PER_TABLE).bit_length() - 1)

@@ -177,6 +177,15 @@ class DecodeFleet:
             num_tokens = load.num_held_blocks * node.description.block_size
             self.step_costs.observe(slot, load.num_running, num_tokens, node.step_s)
 
+    def best_holder(self, pullable: Ints) -> tuple[NodeId | None, int]:
+        """The node that has most of a prompt for others to pull, and how many leading blocks; `pullable` has
+        them for all nodes of the index. None: there is no such node."""
+        if not len(self._index_slots):
+            return None, 0
+        held = pullable[self._index_slots] * self._holds
+        slot = int(held.argmax())
+        return (self.slots.node_ids[slot], int(held[slot])) if held[slot] else (None, 0)
+
     # ---- what is asked -----------------------------------------------------------------------------
 
     def choose(

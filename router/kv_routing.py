@@ -20,8 +20,10 @@ def apply_kv_event(
 
 
 def ask_again(cluster: ClusterState, now_s: float) -> Iterator[SendCommand]:
-    """Once more for the snapshots that were asked for and have not begun."""
+    """Once more for the snapshots that were asked for and have not begun. Nodes that have said nothing of
+    their blocks for long are stale from now on."""
     for node in cluster.nodes.values():
+        cluster.kv.note_staleness(node.holdings, now_s)
         if cluster.kv.is_snapshot_overdue(node.holdings, now_s):
             yield _ask(node)
 

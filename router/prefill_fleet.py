@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from kvrelay.core.ids import AttemptId, NodeId
 from kvrelay.core.node_messages import NodeLoad, PrefillFinished
 from kvrelay.router.block_index import BlockKeys, PrefixMatch
+from kvrelay.router.failed_pulls import FailedPulls
 from kvrelay.router.fleet_slots import FleetSlots
 from kvrelay.router.learned_costs import PrefillCosts, PullCosts
 from kvrelay.router.online_fit import Floats
@@ -59,6 +60,7 @@ class SentPrefill:
     """Those that its cache will have to make room for."""
     keys: BlockKeys
     sent_s: float
+    pull_from: NodeId | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,6 +71,8 @@ class HeldBlocks:
     match: PrefixMatch
     now: Ints
     later: Ints
+    pullable: Ints
+    """As `now`, of all nodes of the index and by their places there."""
 
 
 class PrefillFleet:
@@ -110,6 +114,7 @@ class PrefillFleet:
         self._foreign_tokens: Floats = np.zeros(0)
         self._has_foreign = False
         self._source = source
+        self.failed_pulls = FailedPulls()
         self._routed = RoutedPrefixes()
 
     # ---- what is asked -----------------------------------------------------------------------------
@@ -135,10 +140,11 @@ class PrefillFleet:
     def held_blocks(self, keys: BlockKeys) -> HeldBlocks:
         """How much of a chain of blocks the nodes have."""
         match = self._source.match_prefix(keys)
-        now = match.device[self.index_slots] * self._can_give
+        pullable = self._source.pullable(match)
+        now = pullable[self.index_slots] * self._can_give
         later = match.either[self.index_slots] * self._is_indexed
         self._routed.raise_blocks(later, keys)
-        return HeldBlocks(match, now, later)
+        return HeldBlocks(match, now, later, pullable)
 
     def backlog_s(self, now_s: float) -> Floats:
         """Seconds until each node would start what is sent to it now; infinite where none takes any. One
@@ -209,6 +215,8 @@ class PrefillFleet:
         for report, sent in known:
             num_cached = min(report.num_cached_tokens, sent.num_tokens)
             work.append((sent.num_tokens - num_cached, num_cached))
+            if sent.pull_from is not None:
+                self.failed_pulls.note(sent.pull_from, node_id, bool(report.pull_error), now_s)
             passed_s = now_s - sent.sent_s - report.pull_s - report.queue_s - report.compute_s
             self.overhead_s += _OVERHEAD_WEIGHT * (max(0.0, passed_s) - self.overhead_s)
         self.costs.observe(slot, work, max(report.compute_s for report, _ in known))

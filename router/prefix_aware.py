@@ -131,8 +131,8 @@ class PrefixAware(FleetPolicy):
     def prefill_s(self, request: PlacementRequest, now_s: float) -> float | None:
         """See `PlacementPolicy`; looked up anew at most once in a while."""
         found = [
-            self._options_of(request, prefill, now_s, _OPTIONS_AGE_S).least_work_s
-            for prefill, _ in self.fleets(request.model)
+            self._options_of(request, prefill, decode, now_s, _OPTIONS_AGE_S).least_work_s
+            for prefill, decode in self.fleets(request.model)
         ]
         return min(found, default=None)
 
@@ -156,15 +156,15 @@ class PrefixAware(FleetPolicy):
         num_queued = num_waiting + prefill.num_behind - num_idle
         weight = self._congestion.weight(max(0, num_queued), prefill.slots.num_nodes)
         at = Moment(prefill, backlog_s, num_idle > 0, weight, num_waiting, now_s, rng)
-        for request in self._ranked(considered, prefill, now_s):
+        for request in self._ranked(considered, prefill, decode, now_s):
             if self._is_parked(request, at):
                 continue
             objections: dict[int, str] = {}
-            options = self._options_of(request, prefill, now_s, _OPTIONS_AGE_S)
+            options = self._options_of(request, prefill, decode, now_s, _OPTIONS_AGE_S)
             score = at.score(options)
             slot = int(score.argmin())
             if backlog_s[slot] <= prefill.lead_for(options.work_s[slot]):
-                fresh = self._options_of(request, prefill, now_s, 0.0)
+                fresh = self._options_of(request, prefill, decode, now_s, 0.0)
                 if fresh is not options:
                     options, score = fresh, at.score(fresh)
                 found = best_slot(request, options, score, objections, at)
@@ -210,7 +210,7 @@ class PrefixAware(FleetPolicy):
             self._parked.popitem(last=False)
 
     def _ranked(
-        self, considered: list[PlacementRequest], prefill: PrefillFleet, now_s: float
+        self, considered: list[PlacementRequest], prefill: PrefillFleet, decode: DecodeFleet, now_s: float
     ) -> list[PlacementRequest]:
         """Group by group, by response ratio, highest first; of equal ones the oldest."""
         if len(considered) < 2:
@@ -220,7 +220,7 @@ class PrefixAware(FleetPolicy):
         for request in considered:
             known = self._parked.get(request.request_id)
             if known is None or known.fleet is not prefill or now_s >= known.until_s:
-                least_s = self._options_of(request, prefill, now_s, _OPTIONS_AGE_S).least_work_s
+                least_s = self._options_of(request, prefill, decode, now_s, _OPTIONS_AGE_S).least_work_s
             else:
                 least_s = known.least_work_s
             turn = turns.setdefault(request.group, len(turns))
@@ -229,14 +229,19 @@ class PrefixAware(FleetPolicy):
         return [considered[index] for index in order]
 
     def _options_of(
-        self, request: PlacementRequest, prefill: PrefillFleet, now_s: float, max_age_s: float
+        self,
+        request: PlacementRequest,
+        prefill: PrefillFleet,
+        decode: DecodeFleet,
+        now_s: float,
+        max_age_s: float,
     ) -> PrefillOptions:
         known = self._options.get(request.request_id)
         if known is not None:
             fleet, seen_s, options = known
             if fleet is prefill and now_s - seen_s <= max_age_s:
                 return options
-        options = prefill_options(prefill.keys(request), request.num_tokens, prefill)
+        options = prefill_options(prefill.keys(request), request.num_tokens, prefill, decode, now_s)
         self._options[request.request_id] = prefill, now_s, options
         if len(self._options) > _MAX_REMEMBERED:
             self._options.popitem(last=False)
@@ -257,7 +262,7 @@ class PrefixAware(FleetPolicy):
         self._parked.pop(request.request_id, None)
         num_new = request.num_tokens - options.cached_tokens(slot)
         self.planned = PlannedPrefill(slot, num_new, work_s, options.num_new_blocks(slot), options.keys)
-        holder = slots.node_ids[options.holder] if options.does_pull[slot] else None
+        holder = options.holder if options.does_pull[slot] else None
         decision = Decision(
             prefill_node=slots.node(slot).description.node_id,
             decode_node=choice.node.description.node_id,
