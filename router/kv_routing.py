@@ -29,10 +29,11 @@ def ask_again(cluster: ClusterState, now_s: float) -> Iterator[SendCommand]:
 
 
 def note_guesses(cluster: ClusterState, decision: Decision, request: PlacementRequest, now_s: float) -> None:
-    """A prompt went to this pair: whichever of the two is stale will hold its blocks, probably."""
+    """A prompt went to this pair: whichever of the two is stale will hold its blocks, probably.
+    Of one that the index has no place for nothing can be noted, and nothing is hashed."""
     for node_id in (decision.prefill_node, decision.decode_node):
         node = cluster.nodes[node_id]
-        if cluster.kv.is_stale(node.holdings, now_s):
+        if node.slot is not None and cluster.kv.is_stale(node.holdings, now_s):
             cluster.kv.guess(node.holdings, request.block_keys(node))
 
 
