@@ -17,6 +17,7 @@ from random import Random
 
 from benchmarks.router_core import describe
 from kvrelay.core.ids import AttemptId, RequestId
+from kvrelay.core.kv_events import KVChanges, KVEvent
 from kvrelay.core.node_messages import KVReleased, PrefillFinished, Role
 from kvrelay.router.cluster_state import ClusterState
 from kvrelay.router.config import RouterCoreConfig
@@ -34,6 +35,7 @@ def measure(num_nodes: int) -> tuple[float, float]:
     nodes = [cluster.add_node(describe(f"{role}{n}", role), 0.0) for n in range(num_nodes) for role in Role]
     for node in nodes:
         policy.note_attached(node, 0.0)
+        cluster.kv.apply(node.holdings, KVEvent(1, 0, KVChanges(cleared=True)), 0.0)
     holders = [node for node in nodes if node.description.role is Role.PREFILL][:64:8]
     rng, hashing_ms, rest_ms = Random(1), [], []
     for number in range(NUM_ROUNDS):

@@ -10,6 +10,7 @@ import typer
 from kvrelay import __version__
 from kvrelay.cli import (
     config_command,
+    drain_command,
     explain_command,
     generate_command,
     keys_command,
@@ -63,6 +64,7 @@ keys_command.register(app)
 generate_command.register(app)
 status_command.register(app)
 explain_command.register(app)
+drain_command.register(app)
 config_command.register(app)
 simulate_command.register(app)
 

@@ -32,6 +32,7 @@ from kvrelay.client.generation_stream import GenerationStream
 from kvrelay.client.in_flight import InFlight
 from kvrelay.client.model_catalog import ModelCatalog
 from kvrelay.client.model_tokenizer import ModelTokenizer
+from kvrelay.client.named_nodes import NamedNodes
 from kvrelay.client.named_requests import NamedRequests
 from kvrelay.client.request_progress import retry_pause_s
 from kvrelay.client.results import GenerationResult
@@ -72,6 +73,7 @@ class AsyncClient:
         self._routers = RouterSet(parse_addresses(addresses), config, rng, time.monotonic)
         self._catalog = ModelCatalog(self._routers, config, cache, time.monotonic)
         self._named = NamedRequests(self._routers, config)
+        self._nodes = NamedNodes(self._routers, config)
         self._tokenizing = Tokenizing(
             config.max_tokenizing_threads, max_waiting=config.max_requests_in_flight
         )
@@ -154,6 +156,16 @@ class AsyncClient:
             KVRelayError: no router that answered has it, and not all answered.
         """
         await self._named.cancel(request_id)
+
+    async def drain_node(self, node_id: str) -> None:
+        """Have a node leave: it takes nothing new, finishes what it holds or hands it back when its
+        `drain_timeout_s` is over, and ends. Returns when it has been told, by each router that has it.
+
+        Raises:
+            UnknownNode: no router has such a node.
+            KVRelayError: no router that answered has it, and not all answered.
+        """
+        await self._nodes.drain(node_id)
 
     # ---- looking --------------------------------------------------------------------------------
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
         CancelRequest,
         CancelResponse,
         ClusterState,
+        DrainNodeRequest,
+        DrainNodeResponse,
         ExplainRequest,
         ExplainResponse,
         GetTokenizerRequest,
@@ -32,6 +34,7 @@ class RouterStub(Protocol):
     Session: Callable[[], grpc.aio.StreamStreamCall[SessionRequest, SessionResponse]]
     Cancel: grpc.aio.UnaryUnaryMultiCallable[CancelRequest, CancelResponse]
     Explain: grpc.aio.UnaryUnaryMultiCallable[ExplainRequest, ExplainResponse]
+    DrainNode: grpc.aio.UnaryUnaryMultiCallable[DrainNodeRequest, DrainNodeResponse]
     WatchCluster: grpc.aio.UnaryStreamMultiCallable[WatchClusterRequest, ClusterState]
     ListModels: grpc.aio.UnaryUnaryMultiCallable[ListModelsRequest, ListModelsResponse]
     GetTokenizer: grpc.aio.UnaryStreamMultiCallable[GetTokenizerRequest, TokenizerChunk]

@@ -67,6 +67,10 @@ class Client:
         """Cancel a request by its id; see `AsyncClient.cancel`."""
         self._thread.run(lambda: self._client.cancel(request_id))
 
+    def drain_node(self, node_id: str) -> None:
+        """Have a node leave; see `AsyncClient.drain_node`."""
+        self._thread.run(lambda: self._client.drain_node(node_id))
+
     def explain(self, request_id: str) -> Explanation:
         """The latest placement of a request, live or ended; see `AsyncClient.explain`."""
         return self._thread.run(lambda: self._client.explain(request_id))

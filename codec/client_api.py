@@ -25,10 +25,12 @@ from kvrelay.codec.session import (
 )
 from kvrelay.codec.small_requests import (
     decode_cancel,
+    decode_drain_node,
     decode_explain,
     decode_get_tokenizer,
     decode_watch_cluster,
     encode_cancel,
+    encode_drain_node,
     encode_explain,
     encode_get_tokenizer,
     encode_watch_cluster,
@@ -40,6 +42,7 @@ __all__ = [
     "decode_call_event",
     "decode_cancel",
     "decode_cluster_state",
+    "decode_drain_node",
     "decode_explain",
     "decode_explanation",
     "decode_failed",
@@ -53,6 +56,7 @@ __all__ = [
     "encode_call_event",
     "encode_cancel",
     "encode_cluster_state",
+    "encode_drain_node",
     "encode_explain",
     "encode_explanation",
     "encode_failed",

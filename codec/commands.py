@@ -16,6 +16,7 @@ from kvrelay.core.node_messages import (
     ReserveDecode,
     SendKVSnapshot,
     SendPrefix,
+    StartDrain,
     StartPrefill,
     StopPull,
 )
@@ -45,6 +46,8 @@ def encode_command(command: Command) -> cluster_pb2.Command:
             return cluster_pb2.Command(attempt=attempt, release_kv=cluster_pb2.ReleaseKV())
         case SendKVSnapshot():
             return cluster_pb2.Command(send_kv_snapshot=cluster_pb2.SendKVSnapshot())
+        case StartDrain():
+            return cluster_pb2.Command(start_drain=cluster_pb2.StartDrain())
 
 
 def decode_command(pb: cluster_pb2.Command) -> Command:
@@ -56,6 +59,8 @@ def decode_command(pb: cluster_pb2.Command) -> Command:
     kind = pb.WhichOneof("kind")
     if kind == "send_kv_snapshot":
         return SendKVSnapshot()
+    if kind == "start_drain":
+        return StartDrain()
     if pb.attempt == 0:
         raise InvalidRequest("commands.attempt must be at least 1", field="commands.attempt")
     attempt = AttemptId(pb.attempt)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Final
 
 from kvrelay.codec.bounds import seconds, text
+from kvrelay.codec.node_hello import MAX_NAME_CHARS
 from kvrelay.core.client_types import MAX_MODEL_CHARS, MAX_REQUEST_ID_CHARS
 from kvrelay.core.errors import InvalidRequest
+from kvrelay.core.ids import NodeId
 from kvrelay.v1 import router_pb2
 
 DEFAULT_WATCH_INTERVAL_S: Final = 1.0
@@ -32,6 +34,16 @@ def encode_explain(request_id: str) -> router_pb2.ExplainRequest:
 def decode_explain(pb: router_pb2.ExplainRequest) -> str:
     """Which request's placement to explain. Raises InvalidRequest."""
     return text(pb.request_id, "request_id", MAX_REQUEST_ID_CHARS, is_required=True)
+
+
+def encode_drain_node(node_id: str) -> router_pb2.DrainNodeRequest:
+    """Which node is to leave."""
+    return router_pb2.DrainNodeRequest(node_id=node_id)
+
+
+def decode_drain_node(pb: router_pb2.DrainNodeRequest) -> NodeId:
+    """Which node is to leave. Raises InvalidRequest."""
+    return NodeId(text(pb.node_id, "node_id", MAX_NAME_CHARS, is_required=True))
 
 
 def encode_watch_cluster(interval_s: float = 0.0, *, once: bool = False) -> router_pb2.WatchClusterRequest:

@@ -8,14 +8,17 @@ Source: vLLM's prefix-caching design document for the chaining; FIPS 180-4 for S
 
 from __future__ import annotations
 
+import struct
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import NewType
+from typing import Final, NewType, cast
 
 BlockHash = NewType("BlockHash", bytes)
 """32 bytes."""
+
+_TOKEN_BYTES: Final = struct.calcsize("I")
 
 
 def root_hash(salt: bytes = b"", fingerprint: bytes = b"") -> BlockHash:
@@ -35,15 +38,14 @@ def chain_hashes(
 
     Returns ``len(token_ids) // block_size`` hashes.
     """
-    hashes = list(known)
-    parent = hashes[-1] if hashes else root
-    content = array("I", token_ids[len(hashes) * block_size :])
-    num_bytes = block_size * content.itemsize
-    raw = content.tobytes()
-    for start in range(0, len(raw) - num_bytes + 1, num_bytes):
-        parent = BlockHash(sha256(parent + raw[start : start + num_bytes]).digest())
+    hashes: list[bytes] = list(known)
+    parent: bytes = hashes[-1] if hashes else root
+    num_hashed, num_full = len(hashes) * block_size, len(token_ids) // block_size * block_size
+    content = struct.pack(f"{max(0, num_full - num_hashed)}I", *token_ids[num_hashed:num_full])
+    for (block,) in struct.iter_unpack(f"{block_size * _TOKEN_BYTES}s", content):
+        parent = sha256(parent + block).digest()
         hashes.append(parent)
-    return hashes
+    return cast(list[BlockHash], hashes)
 
 
 def block_key(block_hash: BlockHash) -> int:

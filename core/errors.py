@@ -54,6 +54,12 @@ class UnknownRequest(CallerError):
     code = "UNKNOWN_REQUEST"
 
 
+class UnknownNode(CallerError):
+    """No attached node has that id."""
+
+    code = "UNKNOWN_NODE"
+
+
 class DuplicateRequest(CallerError):
     """A live request has that id already."""
 
@@ -146,6 +152,7 @@ GRPC_STATUS_NAME: Final[dict[str, str]] = {
     "CONTEXT_LENGTH_EXCEEDED": "INVALID_ARGUMENT",
     "UNKNOWN_MODEL": "NOT_FOUND",
     "UNKNOWN_REQUEST": "NOT_FOUND",
+    "UNKNOWN_NODE": "NOT_FOUND",
     "DUPLICATE_REQUEST": "ALREADY_EXISTS",
     "CONFIG_ERROR": "FAILED_PRECONDITION",
     "CANCELLED": "CANCELLED",

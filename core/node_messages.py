@@ -126,9 +126,14 @@ class SendKVSnapshot:
     """KV events are missing: send all that the node holds, in events, before the changes that follow."""
 
 
+@dataclass(frozen=True, slots=True)
+class StartDrain:
+    """Somebody wants the node to leave: take nothing new, finish or hand back what is held, and end."""
+
+
 HoldCommand = StartPrefill | ReserveDecode | SendPrefix
 AttemptCommand = HoldCommand | StopPull | ReleaseKV
-Command = AttemptCommand | SendKVSnapshot
+Command = AttemptCommand | SendKVSnapshot | StartDrain
 
 
 # ---- reports: node -> router -----------------------------------------------------------------------

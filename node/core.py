@@ -21,6 +21,7 @@ from kvrelay.core.node_messages import (
     ReserveDecode,
     Role,
     SendKVSnapshot,
+    StartDrain,
     StartPrefill,
     StopPull,
 )
@@ -37,6 +38,7 @@ from kvrelay.node.effect_buffer import EffectBuffer
 from kvrelay.node.ending_core import EndingCore
 from kvrelay.node.ending_core import NodeCoreConfig as NodeCoreConfig
 from kvrelay.node.events import (
+    BeginDrain,
     CloseRouter,
     DrainRequested,
     DrainTimedOut,
@@ -145,6 +147,8 @@ class NodeCore(EndingCore):
         for command in event.commands:
             if isinstance(command, SendKVSnapshot):
                 out.add(TellKVSnapshot(event.router_epoch))
+            elif isinstance(command, StartDrain):
+                out.add(BeginDrain())
             else:
                 self._on_command(event.router_epoch, command, now_s, out)
 

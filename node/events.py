@@ -226,6 +226,11 @@ class TellKVSnapshot:
     router_epoch: int
 
 
+@dataclass(frozen=True, slots=True)
+class BeginDrain:
+    """The process is to drain and end, as if it had got SIGTERM. `DrainRequested` follows."""
+
+
 EngineCommand = (
     SubmitPrefill | ReserveSequence | StartDecode | PinPrefix | ReservePrefix | KeepPrefix | ReleaseSequence
 )
@@ -278,4 +283,4 @@ class CancelTransfer:
 
 
 TransferCommand = OpenPush | PushPrefix | FinishPush | ExpectTransfer | RefuseTransfer | CancelTransfer
-NodeEffect = SendFrame | CloseRouter | TellKVSnapshot | EngineCommand | TransferCommand
+NodeEffect = SendFrame | CloseRouter | TellKVSnapshot | BeginDrain | EngineCommand | TransferCommand

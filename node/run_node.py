@@ -146,8 +146,11 @@ async def _until_stopped(
     """Returns the exit status, and whether to leave at once."""
     ready = asyncio.create_task(_announce_ready(config, service, pulse))
     first, second = asyncio.create_task(signals.first.wait()), asyncio.create_task(signals.second.wait())
+    asked = asyncio.create_task(service.drain_asked.wait())
     try:
-        await _first_of(first, service.failed)
+        await _first_of(first, asked, service.failed)
+        if asked.done() and not first.done():
+            signals.first.set()  # a signal from now on is the second word
         if not service.failed.done():
             pulse.notifier.stopping("draining", config.drain_timeout_s + CLOSE_TIMEOUT_S)
             drain = asyncio.create_task(service.drain())
@@ -161,7 +164,7 @@ async def _until_stopped(
         _complain(config.role, "told twice to stop: leaving at once")
         return EXIT_FAILED, True
     finally:
-        for task in (ready, first, second):
+        for task in (ready, first, second, asked):
             task.cancel()
 
 

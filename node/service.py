@@ -23,6 +23,7 @@ from kvrelay.node.core import NodeCore
 from kvrelay.node.description import ObservableTransfer, default_node_id, describe_node, node_load
 from kvrelay.node.engine_thread import EngineThread
 from kvrelay.node.events import (
+    BeginDrain,
     CloseRouter,
     DrainRequested,
     DrainTimedOut,
@@ -61,8 +62,9 @@ TransferFactory = Callable[
 class NodeService:
     """One running node. Create and use it on the event loop.
 
-    `attached` is set once a router has welcomed it, `idle` while it holds nothing for any attempt; `failed`
-    is done when the node can't go on, with the reason.
+    `attached` is set once a router has welcomed it, `idle` while it holds nothing for any attempt,
+    `drain_asked` when a router says that it is to leave; `failed` is done when the node can't go on, with the
+    reason.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class NodeService:
     ) -> None:
         self.node_id = NodeId(config.node_id or default_node_id(config.role))
         self.attached = asyncio.Event()
+        self.drain_asked = asyncio.Event()
         self.failed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._config = config
         self._core = core
@@ -287,5 +290,7 @@ class NodeService:
             case TellKVSnapshot(router_epoch):
                 if (link := self._link_of_epoch.get(router_epoch)) is not None:
                     link.send_kv_snapshot()
+            case BeginDrain():
+                self.drain_asked.set()
             case _:
                 self._engine_thread.send(effect)

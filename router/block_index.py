@@ -40,11 +40,11 @@ _FEW_BITS: Final = 12
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PrefixMatch:
-    """How many leading blocks of one chain each node holds, ``int32[max_nodes]`` by node: `device` counts
+    """How many leading blocks of one chain each node holds, ``int64[max_nodes]`` by node: `device` counts
     those on its device, `either` those in its host tier as well. Read only; both may be one array."""
 
-    device: NDArray[np.int32]
-    either: NDArray[np.int32]
+    device: NDArray[np.int64]
+    either: NDArray[np.int64]
 
 
 class BlockIndex:
@@ -58,6 +58,8 @@ class BlockIndex:
         self.max_nodes = max_nodes
         self.num_entries = 0
         """A block that n nodes hold counts n times."""
+        self.is_current: NDArray[np.bool_] = np.ones(max_nodes, np.bool_)
+        """By node, whether what is stored of it is what it said last; set by whoever stores it."""
         self.num_evicted = 0
         """Entries dropped because of the bound."""
         num_tables = 1 << max(0, (max_entries // _KEYS_PER_TABLE).bit_length() - 1)
@@ -254,9 +256,9 @@ def _small_keys(keys: BlockKeys) -> list[int]:
     return [key & _KEY_MASK for key in keys]
 
 
-def _depth_of_bits(ends: Iterable[tuple[int, int]], num_bits: int) -> NDArray[np.int32]:
+def _depth_of_bits(ends: Iterable[tuple[int, int]], num_bits: int) -> NDArray[np.int64]:
     """By bit, the depth beside which it stands in `ends`, which are pairs of a mask and a depth; else 0."""
-    counts = np.zeros(num_bits, np.int32)
+    counts = np.zeros(num_bits, np.int64)
     places: list[int] = []
     depths: list[int] = []
     for mask, depth in ends:

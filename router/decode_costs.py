@@ -95,7 +95,10 @@ class StepCosts:
     def seconds(self, num_seqs: Ints, num_tokens: Ints) -> Floats:
         """Seconds of a step of so many sequences that hold so many tokens, on each node."""
         base_s, seq_s, token_s = self._fit.coefficients
-        seconds: Floats = (base_s + seq_s * num_seqs + token_s * num_tokens) * self.factors.values
+        seconds: Floats = np.multiply(seq_s, num_seqs, dtype=np.float64)
+        seconds += base_s
+        seconds += token_s * num_tokens
+        seconds *= self.factors.values
         return seconds
 
     def observe(self, slot: int, num_seqs: int, num_tokens: int, measured_s: float) -> None:
@@ -118,7 +121,8 @@ class HandoffCosts:
     def seconds(self, prefill_node: NodeId, num_tokens: Ints) -> Floats:
         """Seconds from that node to each decode slot, when so many tokens' KV are to be sent."""
         base_s, token_s = self._fit.coefficients
-        typical: Floats = np.asarray(base_s + token_s * num_tokens, np.float64)
+        typical: Floats = np.multiply(token_s, num_tokens, dtype=np.float64)
+        typical += base_s
         link = self._links.get(prefill_node)
         if link is None:
             return typical

@@ -16,7 +16,9 @@ that holds nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 from typing import Final
 
@@ -24,11 +26,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvrelay.core.ids import AttemptId, NodeId
-from kvrelay.core.node_messages import NodeLoad, Role
+from kvrelay.core.node_messages import NodeLoad
 from kvrelay.router.block_index import PrefixMatch
 from kvrelay.router.decode_costs import HandoffCosts, Ints, StepCosts
+from kvrelay.router.decode_look import DecodeLook
 from kvrelay.router.fleet_slots import FleetSlots
-from kvrelay.router.lazy_candidates import FAILED_BEFORE, TOO_LONG, CandidateColumns, Column
+from kvrelay.router.lazy_candidates import CandidateColumns, exclude_failed
 from kvrelay.router.online_fit import Floats
 from kvrelay.router.placement import NodeView, PlacementRequest
 from kvrelay.router.prefix_source import NO_SLOT, PrefixSource
@@ -59,7 +62,7 @@ class DecodeChoice:
 
     slot: int
     node: NodeView
-    columns: CandidateColumns
+    candidates: Callable[[], CandidateColumns]
     held_tokens: Ints
 
 
@@ -84,6 +87,8 @@ class DecodeFleet:
         self._foreign_seqs: Ints
         self._is_open: NDArray[np.bool_] = np.zeros(0, np.bool_)
         """There is a node, and it takes new sequences."""
+        self._holds: NDArray[np.bool_] = np.zeros(0, np.bool_)
+        """Besides, the index has a place for it."""
         self.sent: dict[AttemptId, SentSequence] = {}
 
     # ---- what happens ------------------------------------------------------------------------------
@@ -95,20 +100,21 @@ class DecodeFleet:
             for name in _COLUMNS:
                 setattr(self, name, np.append(getattr(self, name), np.int64(0)))
             self._is_open = np.append(self._is_open, np.False_)
+            self._holds = np.append(self._holds, np.False_)
             self.step_costs.factors.resize(self.slots.size)
             self.handoff_costs.num_slots = self.slots.size
         description = node.description
-        for name in _COLUMNS:
+        for name in ("_set_aside", "_num_seqs", "_foreign_blocks", "_foreign_seqs"):
             getattr(self, name)[slot] = 0
         self._index_slots[slot] = self._source.index_slot(node)
         self._num_blocks[slot], self._block_size[slot] = description.num_blocks, description.block_size
         self._max_seqs[slot], self._max_tokens[slot] = description.max_num_seqs, node.max_sequence_tokens
-        self._is_open[slot] = True
+        self._is_open[slot], self._holds[slot] = True, self._index_slots[slot] != NO_SLOT
 
     def remove(self, node_id: NodeId) -> None:
         """A node is lost, and all that was sent to it."""
         slot = self.slots.remove(node_id)
-        self._is_open[slot] = False
+        self._is_open[slot] = self._holds[slot] = False
         self.step_costs.factors.forget(slot)
         self.handoff_costs.forget(slot)
         for attempt_id in [key for key, sent in self.sent.items() if sent.slot == slot]:
@@ -116,7 +122,8 @@ class DecodeFleet:
 
     def close(self, node_id: NodeId) -> None:
         """The node takes nothing new."""
-        self._is_open[self.slots.slot_of[node_id]] = False
+        slot = self.slots.slot_of[node_id]
+        self._is_open[slot] = self._holds[slot] = False
 
     def note_sent(
         self,
@@ -170,6 +177,15 @@ class DecodeFleet:
             num_tokens = load.num_held_blocks * node.description.block_size
             self.step_costs.observe(slot, load.num_running, num_tokens, node.step_s)
 
+    def best_holder(self, pullable: Ints) -> tuple[NodeId | None, int]:
+        """The node that has most of a prompt for others to pull, and how many leading blocks; `pullable` has
+        them for all nodes of the index. None: there is no such node."""
+        if not len(self._index_slots):
+            return None, 0
+        held = pullable[self._index_slots] * self._holds
+        slot = int(held.argmax())
+        return (self.slots.node_ids[slot], int(held[slot])) if held[slot] else (None, 0)
+
     # ---- what is asked -----------------------------------------------------------------------------
 
     def choose(
@@ -182,77 +198,62 @@ class DecodeFleet:
     ) -> DecodeChoice | None:
         """The node that the sequence goes to from `prefill_node`, or None when there is no room for it now.
         `match` says who holds how many of its blocks; None: that is not known."""
+        seqs = self._num_seqs + self._foreign_seqs
+        has_no_room = seqs >= self._max_seqs
         num_tokens = request.num_tokens + request.num_growth_tokens
-        needed = np.minimum(-(-num_tokens // np.maximum(self._block_size, 1)), self._num_blocks)
-        blocks, seqs = self._set_aside + self._foreign_blocks, self._num_seqs + self._foreign_seqs
+        blocks_before = self._set_aside + self._foreign_blocks
+        blocks = blocks_before + np.minimum(-(-num_tokens // self._block_size), self._num_blocks)
+        has_no_room |= blocks > self._num_blocks
         is_too_long = request.num_tokens >= self._max_tokens
-        has_no_room = (blocks + needed > self._num_blocks) | (seqs >= self._max_seqs)
-        is_able = self._is_open & ~is_too_long & ~has_no_room
-        if not is_able.any():
+        is_able = self._is_open & ~(is_too_long | has_no_room)
+        if not np.count_nonzero(is_able):
             return None
-        held = self._held_tokens(request, match)
-        handoff_s = self.handoff_costs.seconds(prefill_node, request.num_tokens - held)
-        growth = max(1, request.num_growth_tokens)
-        step_before_s = self.step_costs.seconds(seqs, blocks * self._block_size)
-        step_s = self.step_costs.seconds(seqs + 1, (blocks + needed) * self._block_size)
-        decode_s, others_s = growth * step_s, growth * seqs * (step_s - step_before_s)
-        fullness: Floats = np.maximum(
-            (blocks + needed) / np.maximum(self._num_blocks, 1), (seqs + 1) / np.maximum(self._max_seqs, 1)
+        held, growth = self._held_tokens(request, match), max(1, request.num_growth_tokens)
+        step_before_s = self.step_costs.seconds(seqs, blocks_before * self._block_size)
+        seqs_then = seqs + 1
+        step_s = self.step_costs.seconds(seqs_then, blocks * self._block_size)
+        adds_s = step_s - step_before_s
+        look = DecodeLook(
+            node_ids=self.slots.node_ids,
+            is_open=self._is_open.copy(),
+            is_too_long=is_too_long,
+            has_no_room=has_no_room,
+            blocks=blocks,
+            seqs=seqs_then,
+            max_blocks=self._num_blocks.copy(),
+            max_seqs=self._max_seqs.copy(),
+            held_tokens=held,
+            growth=growth,
+            handoff_s=self.handoff_costs.seconds(prefill_node, request.num_tokens - held),
+            step_s=step_s,
+            adds_s=adds_s,
+            decode_s=growth * step_s,
+            others_s=growth * seqs * adds_s,
         )
-        columns = CandidateColumns(
-            Role.DECODE,
-            self.slots.node_ids,
-            (("handoff_s", handoff_s), ("decode_s", decode_s), ("others_s", others_s)),
-            (("itl_s", step_s), ("held_tokens", held), ("fullness", fullness)),
-            (("it drains", ~self._is_open), (TOO_LONG, is_too_long), ("it has no room", has_no_room)),
-        )
-        score = np.where(is_able, handoff_s + decode_s + others_s, np.inf)
-        adds_s = 2 * growth * (step_s - step_before_s)
-        slot = self._best_slot(request, score, adds_s, columns, now_s, rng)
-        return None if slot is None else DecodeChoice(slot, self.slots.node(slot), columns, held)
+        return self._choice(request, look, look.score(is_able), now_s, rng)
 
-    def _best_slot(
-        self,
-        request: PlacementRequest,
-        score: Floats,
-        adds_s: Floats,
-        columns: CandidateColumns,
-        now_s: float,
-        rng: Random,
-    ) -> int | None:
-        """The best node that does not object; `score` is changed, objections are entered in `columns`."""
-        _, (_, held), (_, fullness) = columns.remarks
-        failed = [self.slots.slot_of[name] for name in request.avoided if name in self.slots.slot_of]
-        if np.isfinite(score[failed]).sum() < np.isfinite(score).sum():
-            score[failed] = np.inf
-            columns.objections.update(dict.fromkeys(failed, FAILED_BEFORE))
+    def _choice(
+        self, request: PlacementRequest, look: DecodeLook, score: Floats, now_s: float, rng: Random
+    ) -> DecodeChoice | None:
+        """The best node that does not object; `score` is changed."""
+        objections: dict[int, str] = {}
+        exclude_failed(request, self.slots, score, objections)
         for _ in range(min(_MAX_TRIES, len(score))):
-            slot = _best(score, adds_s, held, fullness, rng)
-            objection = "" if slot is None else self.slots.node(slot).objection(request, now_s)
-            if slot is None or not objection:
-                return slot
+            slot = look.best(score, rng)
+            if slot is None:
+                return None
+            node = self.slots.node(slot)
+            objection = node.objection(request, now_s)
+            if not objection:
+                return DecodeChoice(slot, node, partial(look.columns, objections), look.held_tokens)
             score[slot] = np.inf
-            columns.objections[slot] = objection
+            objections[slot] = objection
         return None
 
     def _held_tokens(self, request: PlacementRequest, match: PrefixMatch | None) -> Ints:
         """Of the prompt, what each node has and need not be sent."""
-        held: Ints = np.zeros(self.slots.size, np.int64)
         if match is None:
-            return held
-        is_indexed = self._is_open & (self._index_slots != NO_SLOT)
-        held[is_indexed] = match.either[self._index_slots[is_indexed]]
-        tokens: Ints = np.minimum(held * self._block_size, request.num_tokens - 1)
-        return tokens
-
-
-def _best(score: Floats, adds_s: Floats, held: Column, fullness: Column, rng: Random) -> int | None:
-    """Of the least scores, within what one sequence makes out, the one with most held, then the least full,
-    then one at random."""
-    least = int(score.argmin())
-    if not np.isfinite(score[least]):
-        return None
-    near = np.flatnonzero(score <= score[least] + adds_s[least])
-    near = near[held[near] == held[near].max()]
-    near = near[fullness[near] <= fullness[near].min() + 1e-12]
-    return int(near[rng.randrange(len(near))]) if len(near) > 1 else int(near[0])
+            return np.zeros(self.slots.size, np.int64)
+        tokens: Ints = match.either[self._index_slots] * self._holds
+        tokens *= self._block_size
+        return np.minimum(tokens, request.num_tokens - 1, out=tokens)

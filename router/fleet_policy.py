@@ -49,7 +49,7 @@ class FleetPolicy(FirstComePolicy):
         """The fleets of a model that can hand KV to each other, in an order that does not change."""
         for (of_model, digest, _), prefill in self._prefill.items():
             decode = self._decode.get((of_model, digest)) if of_model == model else None
-            if decode is not None and prefill.is_open.any() and decode.slots.num_nodes:
+            if decode is not None and prefill.num_open and decode.slots.num_nodes:
                 yield prefill, decode
 
     def reconsider(self) -> None:
@@ -92,6 +92,8 @@ class FleetPolicy(FirstComePolicy):
     def note_lost(self, node: NodeView) -> None:
         self._note_membership()
         self._fleet_of(node).remove(node.description.node_id)
+        for fleet in self._prefill.values():
+            fleet.failed_pulls.forget(node.description.node_id)
         _drop_oldest_empty(self._prefill)
         _drop_oldest_empty(self._decode)
 
@@ -122,6 +124,7 @@ class FleetPolicy(FirstComePolicy):
             planned.num_new_blocks,
             planned.keys,
             now_s,
+            decision.pull_from,
         )
         prefill.note_sent(attempt_id, sent, now_s)
         decode = self._decode_with(decision.decode_node)

@@ -56,6 +56,8 @@ class KVIntake:
     def add_node(self, num_blocks: int, now_s: float) -> NodeHoldings:
         """A node has attached; its stream begins with a snapshot."""
         slot = heappop(self.free_slots) if self.free_slots else None
+        if slot is not None:
+            self.index.is_current[slot] = False
         return NodeHoldings(slot, num_blocks, now_s)
 
     def remove_node(self, holdings: NodeHoldings) -> None:
@@ -73,6 +75,16 @@ class KVIntake:
         """Take one event; True: something is missing, so the node is to be asked for a snapshot."""
         self.num_events += event.changes.cleared or event.changes.num_keys > 0
         holdings.heard_s = now_s
+        is_missing = self._take(holdings, event, now_s)
+        self.note_staleness(holdings, now_s)
+        return is_missing
+
+    def note_staleness(self, holdings: NodeHoldings, now_s: float) -> None:
+        """Enter in the index whether the node is stale."""
+        if holdings.slot is not None:
+            self.index.is_current[holdings.slot] = not self.is_stale(holdings, now_s)
+
+    def _take(self, holdings: NodeHoldings, event: KVEvent, now_s: float) -> bool:
         if not event.changes.cleared:
             if holdings.asked_s is not None:
                 return False

@@ -20,17 +20,20 @@ def apply_kv_event(
 
 
 def ask_again(cluster: ClusterState, now_s: float) -> Iterator[SendCommand]:
-    """Once more for the snapshots that were asked for and have not begun."""
+    """Once more for the snapshots that were asked for and have not begun. Nodes that have said nothing of
+    their blocks for long are stale from now on."""
     for node in cluster.nodes.values():
+        cluster.kv.note_staleness(node.holdings, now_s)
         if cluster.kv.is_snapshot_overdue(node.holdings, now_s):
             yield _ask(node)
 
 
 def note_guesses(cluster: ClusterState, decision: Decision, request: PlacementRequest, now_s: float) -> None:
-    """A prompt went to this pair: whichever of the two is stale will hold its blocks, probably."""
+    """A prompt went to this pair: whichever of the two is stale will hold its blocks, probably.
+    Of one that the index has no place for nothing can be noted, and nothing is hashed."""
     for node_id in (decision.prefill_node, decision.decode_node):
         node = cluster.nodes[node_id]
-        if cluster.kv.is_stale(node.holdings, now_s):
+        if node.slot is not None and cluster.kv.is_stale(node.holdings, now_s):
             cluster.kv.guess(node.holdings, request.block_keys(node))
 
 

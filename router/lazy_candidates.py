@@ -3,7 +3,7 @@ object for each of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, overload
 
@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from kvrelay.core.explanation import Candidate
 from kvrelay.core.ids import NodeId
 from kvrelay.core.node_messages import Role
+from kvrelay.router.fleet_slots import FleetSlots
+from kvrelay.router.placement import PlacementRequest
 
 TOO_LONG: Final = "the sequence is too long for it"
 FAILED_BEFORE: Final = "it failed this request before"
@@ -56,12 +58,22 @@ class CandidateColumns:
         return self.objections.get(slot, "") or next(excluded, "")
 
 
+def exclude_failed(
+    request: PlacementRequest, slots: FleetSlots, score: NDArray[np.float64], objections: dict[int, str]
+) -> None:
+    """Nodes that failed the request before are out of the question, unless no other one could take it."""
+    failed = [slots.slot_of[node_id] for node_id in request.avoided if node_id in slots.slot_of]
+    if failed and np.isfinite(score[failed]).sum() < np.isfinite(score).sum():
+        score[failed] = np.inf
+        objections.update(dict.fromkeys(failed, FAILED_BEFORE))
+
+
 class LazyCandidates(Sequence[Candidate]):
-    """The candidates of several columns one after another, made at the first look."""
+    """The candidates of several columns one after another. Even the columns are made at the first look."""
 
     __slots__ = ("_columns", "_made")
 
-    def __init__(self, *columns: CandidateColumns) -> None:
+    def __init__(self, *columns: Callable[[], CandidateColumns]) -> None:
         self._columns = columns
         self._made: tuple[Candidate, ...] | None = None
 
@@ -79,5 +91,6 @@ class LazyCandidates(Sequence[Candidate]):
 
     def _all(self) -> tuple[Candidate, ...]:
         if self._made is None:
-            self._made = tuple(made for columns in self._columns for made in columns.candidates())
+            self._made = tuple(made for columns in self._columns for made in columns().candidates())
+            self._columns = ()
         return self._made

@@ -79,9 +79,11 @@ class PrefillCosts:
     def typical_seconds(self, num_tokens: int, cached: Ints) -> Floats:
         """The same on a node whose factor is 1."""
         base_s, token_s, pair_s = self._fit.coefficients
-        new = num_tokens - cached
-        seconds: Floats = new * (token_s + pair_s * 0.5 * (cached + num_tokens)) + base_s
-        return np.maximum(seconds, _MIN_SECONDS)
+        seconds: Floats = np.multiply(pair_s * 0.5, cached + num_tokens, dtype=np.float64)
+        seconds += token_s
+        seconds *= num_tokens - cached
+        seconds += base_s
+        return np.maximum(seconds, _MIN_SECONDS, out=seconds)
 
     def typical_one(self, num_tokens: int, num_cached: int) -> float:
         """The same for one prompt of which so many tokens are cached."""
@@ -127,7 +129,9 @@ class PullCosts:
     def seconds(self, num_tokens: Ints) -> Floats:
         """Seconds to pull so many tokens' KV each; 0 for none."""
         base_s, token_s = self._fit.coefficients
-        seconds: Floats = np.where(num_tokens > 0, num_tokens * token_s + base_s, 0.0)
+        seconds: Floats = np.multiply(num_tokens, token_s, dtype=np.float64)
+        seconds += base_s
+        seconds *= num_tokens > 0
         return seconds
 
     def observe(self, num_tokens: int, measured_s: float) -> None:

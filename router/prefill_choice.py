@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 from typing import Final
@@ -9,7 +10,7 @@ from typing import Final
 import numpy as np
 
 from kvrelay.core.node_messages import Role
-from kvrelay.router.lazy_candidates import FAILED_BEFORE, TOO_LONG, CandidateColumns
+from kvrelay.router.lazy_candidates import TOO_LONG, CandidateColumns, exclude_failed
 from kvrelay.router.online_fit import Floats
 from kvrelay.router.placement import PlacementRequest
 from kvrelay.router.prefill_fleet import PrefillFleet
@@ -34,40 +35,55 @@ class Moment:
     now_s: float
     rng: Random
 
+    def score(self, options: PrefillOptions) -> Floats:
+        """By slot, seconds: the node's backlog and the work, with what the work costs others."""
+        score: Floats = (1.0 + self.weight) * options.work_s
+        score += self.backlog_s
+        return score
 
-def candidate_columns(options: PrefillOptions, objections: dict[int, str], at: Moment) -> CandidateColumns:
-    """All prefill nodes, as they looked."""
-    prefill, is_able = at.prefill, np.isfinite(options.work_s)
-    cached_tokens = np.where(options.does_pull, options.pulled_tokens, options.own_tokens)
-    return CandidateColumns(
-        Role.PREFILL,
-        prefill.slots.node_ids,
-        (
-            ("queue_s", at.backlog_s),
-            ("pull_s", options.pull_s),
-            ("prefill_s", options.work_s - options.pull_s),
-            ("others_s", at.weight * np.where(is_able, options.work_s, 0.0)),
-            ("overhead_s", np.full(prefill.slots.size, prefill.overhead_s)),
-        ),
-        (("cached_tokens", cached_tokens), ("own_tokens", options.own_tokens)),
-        (("it drains", ~prefill.is_open.copy()), (TOO_LONG, ~is_able)),
-        objections,
-    )
+
+def prefill_candidates(
+    options: PrefillOptions, objections: dict[int, str], at: Moment
+) -> Callable[[], CandidateColumns]:
+    """All prefill nodes, as they look now, for whoever asks later."""
+    prefill, backlog_s, weight = at.prefill, at.backlog_s, at.weight
+    node_ids, overhead_s, is_open = prefill.slots.node_ids, prefill.overhead_s, prefill.is_open.copy()
+
+    def columns() -> CandidateColumns:
+        is_able = np.isfinite(options.work_s)
+        cached_tokens = np.where(options.does_pull, options.pulled_tokens, options.own_tokens)
+        return CandidateColumns(
+            Role.PREFILL,
+            node_ids,
+            (
+                ("queue_s", backlog_s),
+                ("pull_s", options.pull_s),
+                ("prefill_s", options.work_s - options.pull_s),
+                ("others_s", weight * np.where(is_able, options.work_s, 0.0)),
+                ("overhead_s", np.full(len(node_ids), overhead_s)),
+            ),
+            (("cached_tokens", cached_tokens), ("own_tokens", options.own_tokens)),
+            (("it drains", ~is_open), (TOO_LONG, ~is_able)),
+            objections,
+        )
+
+    return columns
 
 
 def best_slot(
-    request: PlacementRequest, options: PrefillOptions, objections: dict[int, str], at: Moment
+    request: PlacementRequest,
+    options: PrefillOptions,
+    score: Floats,
+    objections: dict[int, str],
+    at: Moment,
 ) -> int | None:
-    """The least-scored node; None: every one that is looked at objects. Enters the `objections`."""
-    score = at.backlog_s + (1.0 + at.weight) * options.work_s
+    """The least-scored node; None: every one that is looked at objects. Changes the `score` of those that
+    do, and enters the `objections`."""
     slots = at.prefill.slots
-    failed = [slots.slot_of[node_id] for node_id in request.avoided if node_id in slots.slot_of]
-    if np.isfinite(score[failed]).sum() < np.isfinite(score).sum():
-        score[failed] = np.inf
-        objections.update(dict.fromkeys(failed, FAILED_BEFORE))
+    exclude_failed(request, slots, score, objections)
     for _ in range(_MAX_TRIES):
         best = int(score.argmin())
-        if not np.isfinite(score[best]):
+        if score[best] == np.inf:
             return None
         slot = _among_equals(best, score, options, at)
         objection = slots.node(slot).objection(request, at.now_s)
@@ -87,8 +103,18 @@ def _among_equals(best: int, score: Floats, options: PrefillOptions, at: Moment)
     is_equal = score <= score[best] + within_s
     is_equal &= backlog_s <= max(float(backlog_s[best]), prefill.lead_s)
     is_equal &= options.own_tokens == options.own_tokens[best]
-    equals = np.flatnonzero(is_equal)
+    (equals,) = is_equal.nonzero()
     if len(equals) < 2:
         return best
-    drawn = equals[[at.rng.randrange(len(equals)) for _ in range(_NUM_DRAWN)]]
+    drawn = equals[_drawn(len(equals), at.rng)]
     return int(drawn[prefill.inserted_blocks[drawn].argmin()])
+
+
+def _drawn(num: int, rng: Random) -> list[int]:
+    """`_NUM_DRAWN` numbers below `num`: those that `randrange` would draw, in a quarter of its time."""
+    num_bits, draw, drawn = num.bit_length(), rng.getrandbits, list[int]()
+    while len(drawn) < _NUM_DRAWN:
+        number = draw(num_bits)
+        if number < num:
+            drawn.append(number)
+    return drawn

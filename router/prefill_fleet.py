@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from kvrelay.core.ids import AttemptId, NodeId
 from kvrelay.core.node_messages import NodeLoad, PrefillFinished
 from kvrelay.router.block_index import BlockKeys, PrefixMatch
+from kvrelay.router.failed_pulls import FailedPulls
 from kvrelay.router.fleet_slots import FleetSlots
 from kvrelay.router.learned_costs import PrefillCosts, PullCosts
 from kvrelay.router.online_fit import Floats
@@ -59,6 +60,7 @@ class SentPrefill:
     """Those that its cache will have to make room for."""
     keys: BlockKeys
     sent_s: float
+    pull_from: NodeId | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,6 +71,8 @@ class HeldBlocks:
     match: PrefixMatch
     now: Ints
     later: Ints
+    pullable: Ints
+    """As `now`, of all nodes of the index and by their places there."""
 
 
 class PrefillFleet:
@@ -92,15 +96,25 @@ class PrefillFleet:
         longest ago, so where this grows alike, no cache drops what another would keep."""
         self.is_open: NDArray[np.bool_] = np.zeros(0, np.bool_)
         """There is a node, and it takes new prompts."""
+        self.num_open = 0
+        self.num_behind = 0
+        """Prompts sent and not computed that have another one before them."""
         self.can_pull: NDArray[np.bool_] = np.zeros(0, np.bool_)
-        """It can take KV from other prefill nodes, and give it to them."""
+        """It can take KV from other nodes, and give it to them."""
         self.overhead_s = 0.0
         """What a first token takes beyond what its node waits and computes, lately: messages to and fro."""
         self.sent: dict[AttemptId, SentPrefill] = {}
         self._pending_s: Floats = np.zeros(0)
         self._end_s: Floats = np.zeros(0)
+        """When what was sent is expected to be computed; of a node with nothing to do, long ago."""
+        self._closed_s: Floats = np.zeros(0)
+        """Infinite where no node takes new prompts, else 0."""
+        self._is_indexed: NDArray[np.bool_] = np.zeros(0, np.bool_)
+        self._can_give: NDArray[np.bool_] = np.zeros(0, np.bool_)
         self._foreign_tokens: Floats = np.zeros(0)
+        self._has_foreign = False
         self._source = source
+        self.failed_pulls = FailedPulls()
         self._routed = RoutedPrefixes()
 
     # ---- what is asked -----------------------------------------------------------------------------
@@ -126,11 +140,11 @@ class PrefillFleet:
     def held_blocks(self, keys: BlockKeys) -> HeldBlocks:
         """How much of a chain of blocks the nodes have."""
         match = self._source.match_prefix(keys)
-        is_indexed = self.index_slots != NO_SLOT
-        now = np.where(is_indexed & self.can_pull, match.device[self.index_slots], 0)
-        later = np.where(is_indexed, match.either[self.index_slots], 0).astype(np.int64)
+        pullable = self._source.pullable(match)
+        now = pullable[self.index_slots] * self._can_give
+        later = match.either[self.index_slots] * self._is_indexed
         self._routed.raise_blocks(later, keys)
-        return HeldBlocks(match, now.astype(np.int64), later)
+        return HeldBlocks(match, now, later, pullable)
 
     def backlog_s(self, now_s: float) -> Floats:
         """Seconds until each node would start what is sent to it now; infinite where none takes any. One
@@ -138,10 +152,9 @@ class PrefillFleet:
         expected_s = self._end_s - now_s
         overrun_s = self.costs.relative_error * self._pending_s
         left: Floats = np.where(expected_s > 0.0, expected_s, overrun_s)
-        left[self.num_pending == 0] = 0.0
-        if self._foreign_tokens.any():
-            left = left + self._foreign_tokens * self.costs.token_seconds
-        left[~self.is_open] = np.inf
+        if self._has_foreign:
+            left += self._foreign_tokens * self.costs.token_seconds
+        left += self._closed_s
         return left
 
     # ---- what happens ------------------------------------------------------------------------------
@@ -157,7 +170,9 @@ class PrefillFleet:
         self.inserted_blocks[slot] = self.inserted_blocks[self.is_open].min(initial=2**62)
         if not self.is_open.any():
             self.inserted_blocks[slot] = 0
-        self.is_open[slot] = True
+        self._is_indexed[slot] = self.index_slots[slot] != NO_SLOT
+        self._can_give[slot] = self._is_indexed[slot] and self.can_pull[slot]
+        self._note_open(slot, True)
 
     def remove(self, node_id: NodeId) -> None:
         """A node is lost, and all that was sent to it."""
@@ -165,22 +180,23 @@ class PrefillFleet:
         for attempt_id in [key for key, sent in self.sent.items() if sent.slot == slot]:
             self._routed.remove(attempt_id, self.sent.pop(attempt_id).keys)
         self.costs.forget(slot)
+        self.num_behind -= max(0, int(self.num_pending[slot]) - 1)
         self.index_slots[slot] = NO_SLOT
-        self.is_open[slot] = False
+        self._is_indexed[slot] = self._can_give[slot] = False
+        self._note_open(slot, False)
         for column in (self.num_pending, self.pending_tokens, self.pending_new_tokens, self.pending_blocks):
             column[slot] = 0
-        for times in (self._pending_s, self._end_s, self._foreign_tokens):
-            times[slot] = 0.0
+        self._pending_s[slot], self._end_s[slot] = 0.0, -np.inf
+        self._note_foreign(slot, 0)
 
     def close(self, node_id: NodeId) -> None:
         """The node takes nothing new."""
-        self.is_open[self.slots.slot_of[node_id]] = False
+        self._note_open(self.slots.slot_of[node_id], False)
 
     def note_sent(self, attempt_id: AttemptId, sent: SentPrefill, now_s: float) -> None:
         """A prompt was sent to the node in `sent.slot`."""
         slot = sent.slot
-        start_s = max(float(self._end_s[slot]), now_s) if self.num_pending[slot] else now_s
-        self._end_s[slot] = start_s + sent.work_s
+        self._end_s[slot] = max(float(self._end_s[slot]), now_s) + sent.work_s
         self._pending_s[slot] += sent.work_s
         self.sent[attempt_id] = sent
         self.inserted_blocks[slot] += sent.num_new_blocks
@@ -199,6 +215,8 @@ class PrefillFleet:
         for report, sent in known:
             num_cached = min(report.num_cached_tokens, sent.num_tokens)
             work.append((sent.num_tokens - num_cached, num_cached))
+            if sent.pull_from is not None:
+                self.failed_pulls.note(sent.pull_from, node_id, bool(report.pull_error), now_s)
             passed_s = now_s - sent.sent_s - report.pull_s - report.queue_s - report.compute_s
             self.overhead_s += _OVERHEAD_WEIGHT * (max(0.0, passed_s) - self.overhead_s)
         self.costs.observe(slot, work, max(report.compute_s for report, _ in known))
@@ -212,22 +230,36 @@ class PrefillFleet:
             return
         slot = sent.slot
         self._count(sent, -1)
-        left_s = float(self._pending_s[slot]) - sent.work_s if self.num_pending[slot] else 0.0
+        is_busy = bool(self.num_pending[slot])
+        left_s = float(self._pending_s[slot]) - sent.work_s if is_busy else 0.0
         self._pending_s[slot] = left_s
-        self._end_s[slot] = now_s + left_s
+        self._end_s[slot] = now_s + left_s if is_busy else -np.inf
         self._routed.remove(attempt_id, sent.keys)
 
     def note_load(self, node_id: NodeId, load: NodeLoad) -> bool:
         """What waits on a node beyond what this router sent, other routers sent. Returns whether that has
         changed."""
         slot = self.slots.slot_of[node_id]
-        before = self._foreign_tokens[slot]
-        self._foreign_tokens[slot] = max(0, load.num_waiting_tokens - int(self.pending_tokens[slot]))
-        return bool(self._foreign_tokens[slot] != before)
+        return self._note_foreign(slot, max(0, load.num_waiting_tokens - int(self.pending_tokens[slot])))
+
+    def _note_foreign(self, slot: int, num_tokens: int) -> bool:
+        """Returns whether it was another number before."""
+        if self._foreign_tokens[slot] == num_tokens:
+            return False
+        self._foreign_tokens[slot] = num_tokens
+        self._has_foreign = bool(self._foreign_tokens.any())
+        return True
+
+    def _note_open(self, slot: int, is_open: bool) -> None:
+        self.is_open[slot] = is_open
+        self._closed_s[slot] = 0.0 if is_open else np.inf
+        self.num_open = int(np.count_nonzero(self.is_open))
 
     def _count(self, sent: SentPrefill, sign: int) -> None:
         slot = sent.slot
-        self.num_pending[slot] += sign
+        num_before = int(self.num_pending[slot])
+        self.num_pending[slot] = num_before + sign
+        self.num_behind += max(0, num_before + sign - 1) - max(0, num_before - 1)
         self.pending_tokens[slot] += sign * sent.num_tokens
         self.pending_new_tokens[slot] += sign * sent.num_new_tokens
         self.pending_blocks[slot] += sign * -(-sent.num_tokens // self.block_size)
@@ -236,8 +268,9 @@ class PrefillFleet:
         size = self.slots.size
         for name in _COUNT_COLUMNS:
             setattr(self, name, np.append(getattr(self, name), np.int64(0)))
-        for name in ("_pending_s", "_end_s", "_foreign_tokens"):
-            setattr(self, name, np.append(getattr(self, name), 0.0))
-        self.is_open = np.append(self.is_open, np.False_)
-        self.can_pull = np.append(self.can_pull, np.False_)
+        for name, idle in (("_pending_s", 0.0), ("_end_s", -np.inf), ("_closed_s", np.inf)):
+            setattr(self, name, np.append(getattr(self, name), idle))
+        self._foreign_tokens = np.append(self._foreign_tokens, 0.0)
+        for name in ("is_open", "can_pull", "_is_indexed", "_can_give"):
+            setattr(self, name, np.append(getattr(self, name), np.False_))
         self.costs.resize(size)

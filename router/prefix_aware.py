@@ -41,7 +41,7 @@ from kvrelay.router.placement import (
     PlacementRequest,
     WaitingRequests,
 )
-from kvrelay.router.prefill_choice import Moment, best_slot, candidate_columns
+from kvrelay.router.prefill_choice import Moment, best_slot, prefill_candidates
 from kvrelay.router.prefill_fleet import PrefillFleet
 from kvrelay.router.prefill_options import PrefillOptions, prefill_options
 from kvrelay.router.prefix_source import PrefixSource
@@ -114,7 +114,7 @@ class PrefixAware(FleetPolicy):
         considered: list[PlacementRequest] = []
         for prefill, decode in self.fleets(first.model):
             backlog_s = prefill.backlog_s(now_s)
-            busy_s = float(backlog_s.min()) - prefill.longest_lead_s
+            busy_s = float(backlog_s[backlog_s.argmin()]) - prefill.longest_lead_s
             if busy_s > 0.0:
                 self._note_barren_for(busy_s, now_s)
                 continue
@@ -131,8 +131,8 @@ class PrefixAware(FleetPolicy):
     def prefill_s(self, request: PlacementRequest, now_s: float) -> float | None:
         """See `PlacementPolicy`; looked up anew at most once in a while."""
         found = [
-            self._options_of(request, prefill, now_s, _OPTIONS_AGE_S).least_work_s
-            for prefill, _ in self.fleets(request.model)
+            self._options_of(request, prefill, decode, now_s, _OPTIONS_AGE_S).least_work_s
+            for prefill, decode in self.fleets(request.model)
         ]
         return min(found, default=None)
 
@@ -150,19 +150,24 @@ class PrefixAware(FleetPolicy):
         rng: Random,
     ) -> Pick | None:
         is_idle = backlog_s <= prefill.lead_s
-        self._note_barren_for(float(np.where(is_idle, np.inf, backlog_s).min()) - prefill.lead_s, now_s)
-        num_queued = num_waiting + int(np.maximum(prefill.num_pending - 1, 0).sum()) - int(is_idle.sum())
+        num_idle = int(np.count_nonzero(is_idle))
+        of_busy_s = np.where(is_idle, np.inf, backlog_s)
+        self._note_barren_for(float(of_busy_s[of_busy_s.argmin()]) - prefill.lead_s, now_s)
+        num_queued = num_waiting + prefill.num_behind - num_idle
         weight = self._congestion.weight(max(0, num_queued), prefill.slots.num_nodes)
-        at = Moment(prefill, backlog_s, bool(is_idle.any()), weight, num_waiting, now_s, rng)
-        for request in self._ranked(considered, prefill, now_s):
+        at = Moment(prefill, backlog_s, num_idle > 0, weight, num_waiting, now_s, rng)
+        for request in self._ranked(considered, prefill, decode, now_s):
             if self._is_parked(request, at):
                 continue
             objections: dict[int, str] = {}
-            options = self._options_of(request, prefill, now_s, _OPTIONS_AGE_S)
-            slot = int((backlog_s + (1.0 + weight) * options.work_s).argmin())
+            options = self._options_of(request, prefill, decode, now_s, _OPTIONS_AGE_S)
+            score = at.score(options)
+            slot = int(score.argmin())
             if backlog_s[slot] <= prefill.lead_for(options.work_s[slot]):
-                options = self._options_of(request, prefill, now_s, 0.0)
-                found = best_slot(request, options, objections, at)
+                fresh = self._options_of(request, prefill, decode, now_s, 0.0)
+                if fresh is not options:
+                    options, score = fresh, at.score(fresh)
+                found = best_slot(request, options, score, objections, at)
                 if found is None:
                     self._barren_scene = None
                     continue
@@ -205,7 +210,7 @@ class PrefixAware(FleetPolicy):
             self._parked.popitem(last=False)
 
     def _ranked(
-        self, considered: list[PlacementRequest], prefill: PrefillFleet, now_s: float
+        self, considered: list[PlacementRequest], prefill: PrefillFleet, decode: DecodeFleet, now_s: float
     ) -> list[PlacementRequest]:
         """Group by group, by response ratio, highest first; of equal ones the oldest."""
         if len(considered) < 2:
@@ -215,7 +220,7 @@ class PrefixAware(FleetPolicy):
         for request in considered:
             known = self._parked.get(request.request_id)
             if known is None or known.fleet is not prefill or now_s >= known.until_s:
-                least_s = self._options_of(request, prefill, now_s, _OPTIONS_AGE_S).least_work_s
+                least_s = self._options_of(request, prefill, decode, now_s, _OPTIONS_AGE_S).least_work_s
             else:
                 least_s = known.least_work_s
             turn = turns.setdefault(request.group, len(turns))
@@ -224,14 +229,19 @@ class PrefixAware(FleetPolicy):
         return [considered[index] for index in order]
 
     def _options_of(
-        self, request: PlacementRequest, prefill: PrefillFleet, now_s: float, max_age_s: float
+        self,
+        request: PlacementRequest,
+        prefill: PrefillFleet,
+        decode: DecodeFleet,
+        now_s: float,
+        max_age_s: float,
     ) -> PrefillOptions:
         known = self._options.get(request.request_id)
         if known is not None:
             fleet, seen_s, options = known
             if fleet is prefill and now_s - seen_s <= max_age_s:
                 return options
-        options = prefill_options(prefill.keys(request), request.num_tokens, prefill)
+        options = prefill_options(prefill.keys(request), request.num_tokens, prefill, decode, now_s)
         self._options[request.request_id] = prefill, now_s, options
         if len(self._options) > _MAX_REMEMBERED:
             self._options.popitem(last=False)
@@ -252,12 +262,11 @@ class PrefixAware(FleetPolicy):
         self._parked.pop(request.request_id, None)
         num_new = request.num_tokens - options.cached_tokens(slot)
         self.planned = PlannedPrefill(slot, num_new, work_s, options.num_new_blocks(slot), options.keys)
-        holder = slots.node_ids[options.holder] if options.does_pull[slot] else None
-        columns = candidate_columns(options, objections, at)
+        holder = options.holder if options.does_pull[slot] else None
         decision = Decision(
             prefill_node=slots.node(slot).description.node_id,
             decode_node=choice.node.description.node_id,
-            candidates=LazyCandidates(columns, choice.columns),
+            candidates=LazyCandidates(prefill_candidates(options, objections, at), choice.candidates),
             policy=self.name,
             predicted_ttft_s=float(at.backlog_s[slot]) + work_s + prefill.overhead_s,
             pull_from=holder,

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Final, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvrelay.router.block_index import BlockIndex, BlockKeys, PrefixMatch
 from kvrelay.router.placement import NodeView, PlacementRequest
 
@@ -20,6 +23,11 @@ class PrefixSource(Protocol):
 
     def match_prefix(self, keys: BlockKeys) -> PrefixMatch:
         """How many leading blocks each node holds, by `index_slot`."""
+        ...
+
+    def pullable(self, match: PrefixMatch) -> NDArray[np.int64]:
+        """The blocks of `match` that others may pull from each node, by `index_slot`: those on its device;
+        none where events are missing, as a wrong guess would cost a wait."""
         ...
 
     def index_slot(self, node: NodeView) -> int:
@@ -39,6 +47,9 @@ class IndexedPrefixes:
 
     def match_prefix(self, keys: BlockKeys) -> PrefixMatch:
         return self._index.match_prefix(keys)
+
+    def pullable(self, match: PrefixMatch) -> NDArray[np.int64]:
+        return match.device * self._index.is_current
 
     def index_slot(self, node: NodeView) -> int:
         return NO_SLOT if node.slot is None else node.slot

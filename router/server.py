@@ -19,6 +19,7 @@ from kvrelay.core.errors import NodeUnavailable
 from kvrelay.router.attach_service import SERVICE_NAME as CLUSTER_SERVICE
 from kvrelay.router.attach_service import AttachService
 from kvrelay.router.core import RouterCore
+from kvrelay.router.drain_service import DrainService
 from kvrelay.router.generate_service import GenerateService
 from kvrelay.router.http_server import HttpServer, make_app
 from kvrelay.router.info_service import InfoService
@@ -94,7 +95,7 @@ class RouterServer:
         shell = self.shell
         router_id = self._config.router_id or f"{socket.gethostname()}:{self.grpc_port}"
         info = InfoService(shell, router_id)
-        register_router(self._grpc, GenerateService(shell), info)
+        register_router(self._grpc, GenerateService(shell), info, DrainService(shell.attachments))
         AttachService(shell, router_id).register(self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         names = (ROUTER_SERVICE, CLUSTER_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvrelay.core.ids import NodeId
 from kvrelay.router.block_index import BlockIndex, BlockKeys, PrefixMatch
 from kvrelay.router.placement import NodeView, PlacementRequest
@@ -49,6 +52,10 @@ class TracePrefixes:
     def match_prefix(self, keys: BlockKeys) -> PrefixMatch:
         """See `PrefixSource`."""
         return self.index.match_prefix(keys)
+
+    def pullable(self, match: PrefixMatch) -> NDArray[np.int64]:
+        """See `PrefixSource`."""
+        return match.device
 
     def index_slot(self, node: NodeView) -> int:
         """See `PrefixSource`."""

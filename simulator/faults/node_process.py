@@ -18,6 +18,7 @@ from kvrelay.node.config import NodeConfig
 from kvrelay.node.core import NodeCore, NodeCoreConfig
 from kvrelay.node.description import node_load
 from kvrelay.node.events import (
+    BeginDrain,
     CancelTransfer,
     CloseRouter,
     DrainRequested,
@@ -267,6 +268,8 @@ class SimNode:
             case TellKVSnapshot(router_epoch):
                 if (stream := self._stream_of_epoch.get(router_epoch)) is not None:
                     stream.send_kv_snapshot()
+            case BeginDrain():
+                self.terminate()
             case OpenPush(spec):
                 try:
                     self.transfers.open_push(spec)

@@ -13,7 +13,7 @@ from kvrelay.codec import client_api as codec
 from kvrelay.codec.errors import abort_with
 from kvrelay.core.client_types import CallAccepted, CallFinished, GenerateCall, SessionUpdate
 from kvrelay.core.cluster_view import ClusterState, ModelInfo
-from kvrelay.core.errors import KVRelayError, UnknownRequest
+from kvrelay.core.errors import KVRelayError, UnknownNode, UnknownRequest
 from kvrelay.core.explanation import Explanation
 from kvrelay.core.request import FinishReason, TokenLogprobs
 from kvrelay.core.request_report import RequestReport
@@ -113,6 +113,8 @@ class FakeRouter(router_pb2_grpc.RouterServicer):  # type: ignore[misc]
         self.live_ids: set[str] = set()
         self.cancelled_ids: list[str] = []
         self.explanations: dict[str, Explanation] = {}
+        self.node_ids: list[str] = []
+        self.drained_ids: list[str] = []
         self.states: list[ClusterState] = [ClusterState(router_id="fake")]
         self.unary_errors: list[KVRelayError] = []
         self.address = ""
@@ -194,6 +196,13 @@ class FakeRouter(router_pb2_grpc.RouterServicer):  # type: ignore[misc]
             await abort_with(context, UnknownRequest(f"no {request_id}", field="request_id"))
         self.cancelled_ids.append(request_id)
         return router_pb2.CancelResponse()
+
+    async def DrainNode(self, request: Any, context: Any) -> router_pb2.DrainNodeResponse:  # noqa: N802
+        node_id = codec.decode_drain_node(request)
+        if node_id not in self.node_ids:
+            await abort_with(context, UnknownNode(f"no {node_id}", field="node_id"))
+        self.drained_ids.append(node_id)
+        return router_pb2.DrainNodeResponse()
 
     async def Explain(self, request: Any, context: Any) -> router_pb2.ExplainResponse:  # noqa: N802
         await self._refuse(context)

@@ -98,6 +98,34 @@ async def test_generated_kv_pulled_from_a_decode_node_gives_the_answer_of_comput
     await real.wait_idle()
 
 
+@pytest.mark.model
+async def test_the_router_has_a_second_turns_answer_pulled_back_from_the_decode_node(
+    starter, smollm2: Path, run_alone: RunAlone
+) -> None:
+    cluster = starter.start(1, 1, ["--model", str(smollm2), "--dtype", "float32", "--num-blocks", "512"])
+    prompt = text_tokens(smollm2, "Dear Sir or Madam, I am writing to you about ", 200)
+    async with cluster.client() as client:
+        for number in range(4):  # what computing takes is learned from other prompts
+            other = text_tokens(smollm2, f"Number {number} of the old books tells of ", 100 + 60 * number)
+            await client.complete(other, sampling=GREEDY)
+        first = await client.complete(prompt, sampling=SamplingParams(max_tokens=120, ignore_eos=True))
+        await cluster.wait_for_state("nothing runs and the index is in step", is_in_step)
+        turn = (*prompt, *first.token_ids, *text_tokens(smollm2, " And then?", 5))
+        [expected] = run_alone(smollm2, [TokenRequest(turn, len(turn), GREEDY)])
+        second = await client.complete(turn, sampling=GREEDY, request_id="second")
+        explained = await client.explain("second")
+    assert second.token_ids == expected
+    assert explained.decision.pull_from == "d0"
+    # The prefill node has 192 tokens of the prompt; the decode node 304, all but the last token it drew.
+    assert second.report.num_pulled_tokens == 304 - 192
+    assert second.report.num_cached_tokens == 304
+    await cluster.wait_idle()
+
+
+def is_in_step(state: ClusterState) -> bool:
+    return not any(node.index_stale for node in state.nodes) and not any(state.num_requests.values())
+
+
 # ---- faults: time-outs outlast every wait, so what comes back was released, not given up ---------------
 
 PROMPT = tuple(range(3, 203))

@@ -35,6 +35,7 @@ from kvrelay.core.node_messages import (
     RouterFrame,
     SendKVSnapshot,
     SendPrefix,
+    StartDrain,
     StartPrefill,
     StopPull,
     TokenBatch,
@@ -163,6 +164,7 @@ COMMAND = st.one_of(
     st.builds(StopPull, ATTEMPT),
     st.builds(ReleaseKV, ATTEMPT),
     st.builds(SendKVSnapshot),
+    st.builds(StartDrain),
 )
 ROUTER_FRAME = st.builds(RouterFrame, some(COMMAND, 3).map(tuple))
 WELCOME = st.builds(
@@ -257,6 +259,7 @@ CODES = (
     "CONTEXT_LENGTH_EXCEEDED",
     "UNKNOWN_MODEL",
     "UNKNOWN_REQUEST",
+    "UNKNOWN_NODE",
     "DUPLICATE_REQUEST",
     "CANCELLED",
     "DEADLINE_EXCEEDED",

@@ -70,7 +70,7 @@ def test_a_later_turn_goes_back_to_the_node_that_has_its_prefix(decoders: Decode
     assert {decoders.chosen(request, seed) for seed in range(8)} == {"d2"}
     choice = decoders.choose(request)
     assert choice is not None
-    shown = {found.node_id: dict(found.terms) for found in choice.columns.candidates()}
+    shown = {found.node_id: dict(found.terms) for found in choice.candidates().candidates()}
     assert shown[NodeId("d2")]["held_tokens"] == 40 * BLOCK
     assert shown[NodeId("d2")]["handoff_s"] < shown[NodeId("d1")]["handoff_s"]
 

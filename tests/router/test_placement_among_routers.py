@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 
 from kvrelay.core.ids import AttemptId, NodeId, RequestId
+from kvrelay.core.kv_events import KVChanges, KVEvent
 from kvrelay.core.node_messages import NodeLoad
 from kvrelay.router.cluster_state import ClusterState
 from kvrelay.router.config import RouterCoreConfig
+from kvrelay.router.kv_routing import ask_again
 from kvrelay.router.placement import Decision, PlacementRequest
 from kvrelay.router.prefix_aware import PrefixAware
 from kvrelay.router.prefix_source import IndexedPrefixes
@@ -31,6 +33,11 @@ class Router:
             address = node_id if node_id in (*can_pull, "d0") else ""
             node = say.describe_node(node_id, transfer_address=address, **changes)
             self.policy.note_attached(self.cluster.add_node(node, 0.0), 0.0)
+            self.hear(node_id, KVEvent(1, 0, KVChanges(cleared=True)), 0.0)
+
+    def hear(self, node_id: str, event: KVEvent, now_s: float) -> None:
+        """What the node says of its blocks."""
+        self.cluster.kv.apply(self.cluster.nodes[NodeId(node_id)].holdings, event, now_s)
 
     def hold(self, node_id: str, request: PlacementRequest) -> None:
         node = self.cluster.nodes[NodeId(node_id)]
@@ -68,6 +75,26 @@ def test_a_pull_is_planned_only_between_nodes_that_can(
     decision = router.place(request)
     assert (decision.pull_from == "p0") == pulls
     assert pulls or decision.pull_from is None
+
+
+def test_nothing_is_pulled_from_a_node_whose_events_are_missing(say: Any) -> None:
+    router, request = Router(say, 1), prompt(1, 200)
+    router.hold("p0", request)
+    router.hear_load("p0", 60_000)
+    router.hear("p0", KVEvent(5, 1, KVChanges(stored=(1,))), 0.5)  # the first four never came
+    assert router.place(request).pull_from is None
+
+
+def test_nothing_is_pulled_from_a_node_that_has_been_silent_about_its_blocks(say: Any) -> None:
+    router, request = Router(say, 1), prompt(1, 200)
+    router.hold("p0", request)
+    router.hear_load("p0", 60_000)
+    silence_s = router.cluster.config.node_silence_s
+    list(ask_again(router.cluster, silence_s + 1.0))
+    assert router.place(request).pull_from is None
+    router.hear("p0", KVEvent(1, 0, KVChanges()), silence_s + 2.0)
+    router.hear_load("p0", 120_000)
+    assert router.place(request).pull_from == "p0", "it has spoken again, and nothing was missing"
 
 
 def test_routers_that_see_the_same_do_not_all_take_the_same_node(say: Any) -> None:

@@ -3,7 +3,9 @@
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from kvrelay.core.ids import AttemptId, NodeId, RequestId
 from kvrelay.core.node_messages import NodeLoad, PrefillFinished
@@ -28,6 +30,9 @@ class Prefixes:
 
     def match_prefix(self, keys: BlockKeys) -> PrefixMatch:
         return self.index.match_prefix(keys)
+
+    def pullable(self, match: PrefixMatch) -> NDArray[np.int64]:
+        return match.device * self.index.is_current
 
     def index_slot(self, node: NodeView) -> int:
         return SLOTS.index(node.description.node_id)
@@ -102,6 +107,48 @@ def test_a_busy_holder_is_pulled_from_where_that_is_quicker_than_computing(scene
     decision = scene.place(prompt("second", *blocks, 500))
     assert decision.prefill_node != "p2"
     assert (decision.pull_from, decision.num_pull_tokens) == ("p2", 99 * BLOCK)
+
+
+def test_generated_blocks_are_pulled_back_from_the_decode_node_that_has_them(scene: Scene) -> None:
+    blocks = range(1, 100)
+    scene.hold("p2", *blocks[:50])
+    scene.hold("d1", *blocks)
+    decision = scene.place(prompt("second turn", *blocks, 500))
+    assert decision.prefill_node == "p2", "which has the first half itself"
+    assert (decision.pull_from, decision.num_pull_tokens) == ("d1", 99 * BLOCK)
+
+
+def test_of_a_prefill_and_a_decode_node_that_hold_the_same_the_prefill_node_is_pulled_from(
+    scene: Scene,
+) -> None:
+    blocks = range(1, 100)
+    scene.hold("p2", *blocks)
+    scene.hold("d1", *blocks)
+    scene.place(prompt("first", *blocks, *range(200, 300)))
+    assert scene.place(prompt("second", *blocks, 500)).pull_from == "p2"
+
+
+def test_a_decode_node_that_drains_is_not_pulled_from(scene: Scene) -> None:
+    scene.hold("d1", *range(1, 100))
+    scene.policy.note_draining(scene.node("d1"))
+    assert scene.place(prompt("r", *range(1, 101))).pull_from is None
+
+
+def test_a_pair_that_failed_to_pull_is_left_alone_for_a_while(scene: Scene) -> None:
+    blocks = range(1, 100)
+    scene.hold("d1", *blocks)
+    first = scene.place(prompt("first", *blocks, 500))
+    assert first.pull_from == "d1"
+    failed = PrefillFinished(AttemptId(1), 0, 0.0, 0.1, pull_error="TRANSFER_FAILED")
+    scene.policy.note_prefilled(scene.node(first.prefill_node), (failed,), 1.1)
+    second = scene.place(prompt("second", *blocks, 501), now_s=1.2)
+    assert second.prefill_node != first.prefill_node, "others may still pull"
+    assert second.pull_from == "d1"
+    for node_id in {"p1", "p2", "p3"} - {first.prefill_node}:
+        scene.policy.note_lost(scene.node(node_id))
+    assert scene.place(prompt("third", *blocks, 502), now_s=1.3).pull_from is None
+    scene.policy.note_settled(NodeId(first.prefill_node), AttemptId(3), 1.4)
+    assert scene.place(prompt("fourth", *blocks, 503), now_s=60.0).pull_from == "d1"
 
 
 def test_a_prompt_waits_while_every_node_is_busy_and_goes_to_the_first_that_is_free(scene: Scene) -> None:

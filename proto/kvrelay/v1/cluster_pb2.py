@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from kvrelay.v1 import common_pb2 as kvrelay_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18kvrelay/v1/cluster.proto\x12\nkvrelay.v1\x1a\x17kvrelay/v1/common.proto\"\xf2\x01\n\tNodeFrame\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x15.kvrelay.v1.NodeHello\x12&\n\x06tokens\x18\x02 \x01(\x0b\x32\x16.kvrelay.v1.TokenBatch\x12#\n\x07reports\x18\x03 \x03(\x0b\x32\x12.kvrelay.v1.Report\x12\"\n\x04load\x18\x04 \x01(\x0b\x32\x14.kvrelay.v1.NodeLoad\x12-\n\ttokenizer\x18\x05 \x01(\x0b\x32\x1a.kvrelay.v1.TokenizerChunk\x12\x1f\n\x02kv\x18\x06 \x01(\x0b\x32\x13.kvrelay.v1.KVEvent\"Z\n\x0bRouterFrame\x12$\n\x07welcome\x18\x01 \x01(\x0b\x32\x13.kvrelay.v1.Welcome\x12%\n\x08\x63ommands\x18\x02 \x03(\x0b\x32\x13.kvrelay.v1.Command\"w\n\rKVFingerprint\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x04 \x01(\r\x12\x10\n\x08head_dim\x18\x05 \x01(\r\x12\x0c\n\x04rope\x18\x06 \x01(\t\"\x93\x03\n\tNodeHello\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x06\x12\x1e\n\x04role\x18\x03 \x01(\x0e\x32\x10.kvrelay.v1.Role\x12\r\n\x05model\x18\x04 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x05 \x01(\t\x12.\n\x0b\x66ingerprint\x18\x06 \x01(\x0b\x32\x19.kvrelay.v1.KVFingerprint\x12\x12\n\nvocab_size\x18\x07 \x01(\r\x12\x15\n\rmax_model_len\x18\x08 \x01(\r\x12\x12\n\nnum_blocks\x18\t \x01(\r\x12\x12\n\nblock_size\x18\n \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x0b \x01(\r\x12\x15\n\reos_token_ids\x18\x0c \x03(\r\x12\x18\n\x10transfer_address\x18\r \x01(\t\x12\x11\n\ttransport\x18\x0e \x01(\t\x12\x18\n\x10tokenizer_digest\x18\x0f \x01(\t\x12\x0c\n\x04host\x18\x10 \x01(\t\x12\x0b\n\x03pid\x18\x11 \x01(\r\x12\x0f\n\x07version\x18\x12 \x01(\t\"q\n\x07Welcome\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x14\n\x0crouter_epoch\x18\x02 \x01(\x06\x12\x13\n\x0bheartbeat_s\x18\x03 \x01(\x01\x12\x0f\n\x07lease_s\x18\x04 \x01(\x01\x12\x17\n\x0fwants_tokenizer\x18\x05 \x01(\x08\"\x98\x01\n\nTokenBatch\x12\x10\n\x08\x61ttempts\x18\x01 \x03(\x04\x12\x15\n\rfirst_indices\x18\x02 \x03(\r\x12\x0e\n\x06\x63ounts\x18\x03 \x03(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12+\n\x08logprobs\x18\x05 \x03(\x0b\x32\x19.kvrelay.v1.TokenLogprobs\x12\x11\n\tsame_rows\x18\x06 \x01(\x08\"\xab\x01\n\x07KVEvent\x12\r\n\x05\x66irst\x18\x01 \x01(\x04\x12\x13\n\x0bnum_batches\x18\x02 \x01(\r\x12\x0f\n\x07\x63leared\x18\x03 \x01(\x08\x12\x0c\n\x04part\x18\x04 \x01(\r\x12\x11\n\tnum_parts\x18\x05 \x01(\r\x12\x0e\n\x06stored\x18\x06 \x03(\x06\x12\x0f\n\x07removed\x18\x07 \x03(\x06\x12\x13\n\x0bhost_stored\x18\x08 \x03(\x06\x12\x14\n\x0chost_removed\x18\t \x03(\x06\"~\n\x0cTokenRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.kvrelay.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x04 \x01(\x0c\"\xc9\x02\n\x07\x43ommand\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x04\x12\x31\n\rstart_prefill\x18\x02 \x01(\x0b\x32\x18.kvrelay.v1.StartPrefillH\x00\x12\x33\n\x0ereserve_decode\x18\x03 \x01(\x0b\x32\x19.kvrelay.v1.ReserveDecodeH\x00\x12+\n\nrelease_kv\x18\x04 \x01(\x0b\x32\x15.kvrelay.v1.ReleaseKVH\x00\x12\x36\n\x10send_kv_snapshot\x18\x05 \x01(\x0b\x32\x1a.kvrelay.v1.SendKVSnapshotH\x00\x12-\n\x0bsend_prefix\x18\x06 \x01(\x0b\x32\x16.kvrelay.v1.SendPrefixH\x00\x12)\n\tstop_pull\x18\x07 \x01(\x0b\x32\x14.kvrelay.v1.StopPullH\x00\x42\x06\n\x04kind\"\x80\x01\n\x0cStartPrefill\x12)\n\x07request\x18\x01 \x01(\x0b\x32\x18.kvrelay.v1.TokenRequest\x12\x16\n\x0e\x64\x65\x63ode_address\x18\x02 \x01(\t\x12\x14\n\x0cpull_attempt\x18\x03 \x01(\x04\x12\x17\n\x0fnum_pull_tokens\x18\x04 \x01(\r\":\n\rReserveDecode\x12)\n\x07request\x18\x01 \x01(\x0b\x32\x18.kvrelay.v1.TokenRequest\"\x0b\n\tReleaseKV\"D\n\nSendPrefix\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x12\n\ncache_salt\x18\x02 \x01(\x0c\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\"\n\n\x08StopPull\"\x10\n\x0eSendKVSnapshot\"\xc4\x03\n\x06Report\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x04\x12(\n\x08reserved\x18\x02 \x01(\x0b\x32\x14.kvrelay.v1.ReservedH\x00\x12\x37\n\x10prefill_finished\x18\x03 \x01(\x0b\x32\x1b.kvrelay.v1.PrefillFinishedH\x00\x12\x37\n\x10handoff_verified\x18\x04 \x01(\x0b\x32\x1b.kvrelay.v1.HandoffVerifiedH\x00\x12\x35\n\x0f\x61ttempt_refused\x18\x05 \x01(\x0b\x32\x1a.kvrelay.v1.AttemptRefusedH\x00\x12\x37\n\x10\x61ttempt_finished\x18\x06 \x01(\x0b\x32\x1b.kvrelay.v1.AttemptFinishedH\x00\x12\x33\n\x0e\x61ttempt_failed\x18\x07 \x01(\x0b\x32\x19.kvrelay.v1.AttemptFailedH\x00\x12-\n\x0bkv_released\x18\x08 \x01(\x0b\x32\x16.kvrelay.v1.KVReleasedH\x00\x12\x31\n\rdrain_started\x18\t \x01(\x0b\x32\x18.kvrelay.v1.DrainStartedH\x00\x42\x06\n\x04kind\"%\n\x08Reserved\x12\x19\n\x11num_cached_tokens\x18\x01 \x01(\r\"\x8f\x01\n\x0fPrefillFinished\x12\x19\n\x11num_cached_tokens\x18\x01 \x01(\r\x12\x0f\n\x07queue_s\x18\x02 \x01(\x01\x12\x11\n\tcompute_s\x18\x03 \x01(\x01\x12\x19\n\x11num_pulled_tokens\x18\x04 \x01(\r\x12\x0e\n\x06pull_s\x18\x05 \x01(\x01\x12\x12\n\npull_error\x18\x06 \x01(\t\"^\n\x0fHandoffVerified\x12\x11\n\tnum_bytes\x18\x01 \x01(\x04\x12\x14\n\x0cnum_messages\x18\x02 \x01(\r\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\x12\x11\n\ttransport\x18\x04 \x01(\t\">\n\x0e\x41ttemptRefused\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t\"B\n\x0f\x41ttemptFinished\x12/\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x18.kvrelay.v1.FinishReason\"=\n\rAttemptFailed\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t\"\x0c\n\nKVReleased\"\x0e\n\x0c\x44rainStarted*?\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02\x32G\n\x07\x43luster\x12<\n\x06\x41ttach\x12\x15.kvrelay.v1.NodeFrame\x1a\x17.kvrelay.v1.RouterFrame(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18kvrelay/v1/cluster.proto\x12\nkvrelay.v1\x1a\x17kvrelay/v1/common.proto\"\xf2\x01\n\tNodeFrame\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x15.kvrelay.v1.NodeHello\x12&\n\x06tokens\x18\x02 \x01(\x0b\x32\x16.kvrelay.v1.TokenBatch\x12#\n\x07reports\x18\x03 \x03(\x0b\x32\x12.kvrelay.v1.Report\x12\"\n\x04load\x18\x04 \x01(\x0b\x32\x14.kvrelay.v1.NodeLoad\x12-\n\ttokenizer\x18\x05 \x01(\x0b\x32\x1a.kvrelay.v1.TokenizerChunk\x12\x1f\n\x02kv\x18\x06 \x01(\x0b\x32\x13.kvrelay.v1.KVEvent\"Z\n\x0bRouterFrame\x12$\n\x07welcome\x18\x01 \x01(\x0b\x32\x13.kvrelay.v1.Welcome\x12%\n\x08\x63ommands\x18\x02 \x03(\x0b\x32\x13.kvrelay.v1.Command\"w\n\rKVFingerprint\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x04 \x01(\r\x12\x10\n\x08head_dim\x18\x05 \x01(\r\x12\x0c\n\x04rope\x18\x06 \x01(\t\"\x93\x03\n\tNodeHello\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x06\x12\x1e\n\x04role\x18\x03 \x01(\x0e\x32\x10.kvrelay.v1.Role\x12\r\n\x05model\x18\x04 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x05 \x01(\t\x12.\n\x0b\x66ingerprint\x18\x06 \x01(\x0b\x32\x19.kvrelay.v1.KVFingerprint\x12\x12\n\nvocab_size\x18\x07 \x01(\r\x12\x15\n\rmax_model_len\x18\x08 \x01(\r\x12\x12\n\nnum_blocks\x18\t \x01(\r\x12\x12\n\nblock_size\x18\n \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x0b \x01(\r\x12\x15\n\reos_token_ids\x18\x0c \x03(\r\x12\x18\n\x10transfer_address\x18\r \x01(\t\x12\x11\n\ttransport\x18\x0e \x01(\t\x12\x18\n\x10tokenizer_digest\x18\x0f \x01(\t\x12\x0c\n\x04host\x18\x10 \x01(\t\x12\x0b\n\x03pid\x18\x11 \x01(\r\x12\x0f\n\x07version\x18\x12 \x01(\t\"q\n\x07Welcome\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x14\n\x0crouter_epoch\x18\x02 \x01(\x06\x12\x13\n\x0bheartbeat_s\x18\x03 \x01(\x01\x12\x0f\n\x07lease_s\x18\x04 \x01(\x01\x12\x17\n\x0fwants_tokenizer\x18\x05 \x01(\x08\"\x98\x01\n\nTokenBatch\x12\x10\n\x08\x61ttempts\x18\x01 \x03(\x04\x12\x15\n\rfirst_indices\x18\x02 \x03(\r\x12\x0e\n\x06\x63ounts\x18\x03 \x03(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12+\n\x08logprobs\x18\x05 \x03(\x0b\x32\x19.kvrelay.v1.TokenLogprobs\x12\x11\n\tsame_rows\x18\x06 \x01(\x08\"\xab\x01\n\x07KVEvent\x12\r\n\x05\x66irst\x18\x01 \x01(\x04\x12\x13\n\x0bnum_batches\x18\x02 \x01(\r\x12\x0f\n\x07\x63leared\x18\x03 \x01(\x08\x12\x0c\n\x04part\x18\x04 \x01(\r\x12\x11\n\tnum_parts\x18\x05 \x01(\r\x12\x0e\n\x06stored\x18\x06 \x03(\x06\x12\x0f\n\x07removed\x18\x07 \x03(\x06\x12\x13\n\x0bhost_stored\x18\x08 \x03(\x06\x12\x14\n\x0chost_removed\x18\t \x03(\x06\"~\n\x0cTokenRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.kvrelay.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x04 \x01(\x0c\"\xf8\x02\n\x07\x43ommand\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x04\x12\x31\n\rstart_prefill\x18\x02 \x01(\x0b\x32\x18.kvrelay.v1.StartPrefillH\x00\x12\x33\n\x0ereserve_decode\x18\x03 \x01(\x0b\x32\x19.kvrelay.v1.ReserveDecodeH\x00\x12+\n\nrelease_kv\x18\x04 \x01(\x0b\x32\x15.kvrelay.v1.ReleaseKVH\x00\x12\x36\n\x10send_kv_snapshot\x18\x05 \x01(\x0b\x32\x1a.kvrelay.v1.SendKVSnapshotH\x00\x12-\n\x0bsend_prefix\x18\x06 \x01(\x0b\x32\x16.kvrelay.v1.SendPrefixH\x00\x12)\n\tstop_pull\x18\x07 \x01(\x0b\x32\x14.kvrelay.v1.StopPullH\x00\x12-\n\x0bstart_drain\x18\x08 \x01(\x0b\x32\x16.kvrelay.v1.StartDrainH\x00\x42\x06\n\x04kind\"\x80\x01\n\x0cStartPrefill\x12)\n\x07request\x18\x01 \x01(\x0b\x32\x18.kvrelay.v1.TokenRequest\x12\x16\n\x0e\x64\x65\x63ode_address\x18\x02 \x01(\t\x12\x14\n\x0cpull_attempt\x18\x03 \x01(\x04\x12\x17\n\x0fnum_pull_tokens\x18\x04 \x01(\r\":\n\rReserveDecode\x12)\n\x07request\x18\x01 \x01(\x0b\x32\x18.kvrelay.v1.TokenRequest\"\x0b\n\tReleaseKV\"D\n\nSendPrefix\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x12\n\ncache_salt\x18\x02 \x01(\x0c\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\"\n\n\x08StopPull\"\x10\n\x0eSendKVSnapshot\"\x0c\n\nStartDrain\"\xc4\x03\n\x06Report\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x04\x12(\n\x08reserved\x18\x02 \x01(\x0b\x32\x14.kvrelay.v1.ReservedH\x00\x12\x37\n\x10prefill_finished\x18\x03 \x01(\x0b\x32\x1b.kvrelay.v1.PrefillFinishedH\x00\x12\x37\n\x10handoff_verified\x18\x04 \x01(\x0b\x32\x1b.kvrelay.v1.HandoffVerifiedH\x00\x12\x35\n\x0f\x61ttempt_refused\x18\x05 \x01(\x0b\x32\x1a.kvrelay.v1.AttemptRefusedH\x00\x12\x37\n\x10\x61ttempt_finished\x18\x06 \x01(\x0b\x32\x1b.kvrelay.v1.AttemptFinishedH\x00\x12\x33\n\x0e\x61ttempt_failed\x18\x07 \x01(\x0b\x32\x19.kvrelay.v1.AttemptFailedH\x00\x12-\n\x0bkv_released\x18\x08 \x01(\x0b\x32\x16.kvrelay.v1.KVReleasedH\x00\x12\x31\n\rdrain_started\x18\t \x01(\x0b\x32\x18.kvrelay.v1.DrainStartedH\x00\x42\x06\n\x04kind\"%\n\x08Reserved\x12\x19\n\x11num_cached_tokens\x18\x01 \x01(\r\"\x8f\x01\n\x0fPrefillFinished\x12\x19\n\x11num_cached_tokens\x18\x01 \x01(\r\x12\x0f\n\x07queue_s\x18\x02 \x01(\x01\x12\x11\n\tcompute_s\x18\x03 \x01(\x01\x12\x19\n\x11num_pulled_tokens\x18\x04 \x01(\r\x12\x0e\n\x06pull_s\x18\x05 \x01(\x01\x12\x12\n\npull_error\x18\x06 \x01(\t\"^\n\x0fHandoffVerified\x12\x11\n\tnum_bytes\x18\x01 \x01(\x04\x12\x14\n\x0cnum_messages\x18\x02 \x01(\r\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\x12\x11\n\ttransport\x18\x04 \x01(\t\">\n\x0e\x41ttemptRefused\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t\"B\n\x0f\x41ttemptFinished\x12/\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x18.kvrelay.v1.FinishReason\"=\n\rAttemptFailed\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t\"\x0c\n\nKVReleased\"\x0e\n\x0c\x44rainStarted*?\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02\x32G\n\x07\x43luster\x12<\n\x06\x41ttach\x12\x15.kvrelay.v1.NodeFrame\x1a\x17.kvrelay.v1.RouterFrame(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvrelay.v1.cluster_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=3098
-  _globals['_ROLE']._serialized_end=3161
+  _globals['_ROLE']._serialized_start=3159
+  _globals['_ROLE']._serialized_end=3222
   _globals['_NODEFRAME']._serialized_start=66
   _globals['_NODEFRAME']._serialized_end=308
   _globals['_ROUTERFRAME']._serialized_start=310
@@ -51,37 +51,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENREQUEST']._serialized_start=1373
   _globals['_TOKENREQUEST']._serialized_end=1499
   _globals['_COMMAND']._serialized_start=1502
-  _globals['_COMMAND']._serialized_end=1831
-  _globals['_STARTPREFILL']._serialized_start=1834
-  _globals['_STARTPREFILL']._serialized_end=1962
-  _globals['_RESERVEDECODE']._serialized_start=1964
-  _globals['_RESERVEDECODE']._serialized_end=2022
-  _globals['_RELEASEKV']._serialized_start=2024
-  _globals['_RELEASEKV']._serialized_end=2035
-  _globals['_SENDPREFIX']._serialized_start=2037
-  _globals['_SENDPREFIX']._serialized_end=2105
-  _globals['_STOPPULL']._serialized_start=2107
-  _globals['_STOPPULL']._serialized_end=2117
-  _globals['_SENDKVSNAPSHOT']._serialized_start=2119
-  _globals['_SENDKVSNAPSHOT']._serialized_end=2135
-  _globals['_REPORT']._serialized_start=2138
-  _globals['_REPORT']._serialized_end=2590
-  _globals['_RESERVED']._serialized_start=2592
-  _globals['_RESERVED']._serialized_end=2629
-  _globals['_PREFILLFINISHED']._serialized_start=2632
-  _globals['_PREFILLFINISHED']._serialized_end=2775
-  _globals['_HANDOFFVERIFIED']._serialized_start=2777
-  _globals['_HANDOFFVERIFIED']._serialized_end=2871
-  _globals['_ATTEMPTREFUSED']._serialized_start=2873
-  _globals['_ATTEMPTREFUSED']._serialized_end=2935
-  _globals['_ATTEMPTFINISHED']._serialized_start=2937
-  _globals['_ATTEMPTFINISHED']._serialized_end=3003
-  _globals['_ATTEMPTFAILED']._serialized_start=3005
-  _globals['_ATTEMPTFAILED']._serialized_end=3066
-  _globals['_KVRELEASED']._serialized_start=3068
-  _globals['_KVRELEASED']._serialized_end=3080
-  _globals['_DRAINSTARTED']._serialized_start=3082
-  _globals['_DRAINSTARTED']._serialized_end=3096
-  _globals['_CLUSTER']._serialized_start=3163
-  _globals['_CLUSTER']._serialized_end=3234
+  _globals['_COMMAND']._serialized_end=1878
+  _globals['_STARTPREFILL']._serialized_start=1881
+  _globals['_STARTPREFILL']._serialized_end=2009
+  _globals['_RESERVEDECODE']._serialized_start=2011
+  _globals['_RESERVEDECODE']._serialized_end=2069
+  _globals['_RELEASEKV']._serialized_start=2071
+  _globals['_RELEASEKV']._serialized_end=2082
+  _globals['_SENDPREFIX']._serialized_start=2084
+  _globals['_SENDPREFIX']._serialized_end=2152
+  _globals['_STOPPULL']._serialized_start=2154
+  _globals['_STOPPULL']._serialized_end=2164
+  _globals['_SENDKVSNAPSHOT']._serialized_start=2166
+  _globals['_SENDKVSNAPSHOT']._serialized_end=2182
+  _globals['_STARTDRAIN']._serialized_start=2184
+  _globals['_STARTDRAIN']._serialized_end=2196
+  _globals['_REPORT']._serialized_start=2199
+  _globals['_REPORT']._serialized_end=2651
+  _globals['_RESERVED']._serialized_start=2653
+  _globals['_RESERVED']._serialized_end=2690
+  _globals['_PREFILLFINISHED']._serialized_start=2693
+  _globals['_PREFILLFINISHED']._serialized_end=2836
+  _globals['_HANDOFFVERIFIED']._serialized_start=2838
+  _globals['_HANDOFFVERIFIED']._serialized_end=2932
+  _globals['_ATTEMPTREFUSED']._serialized_start=2934
+  _globals['_ATTEMPTREFUSED']._serialized_end=2996
+  _globals['_ATTEMPTFINISHED']._serialized_start=2998
+  _globals['_ATTEMPTFINISHED']._serialized_end=3064
+  _globals['_ATTEMPTFAILED']._serialized_start=3066
+  _globals['_ATTEMPTFAILED']._serialized_end=3127
+  _globals['_KVRELEASED']._serialized_start=3129
+  _globals['_KVRELEASED']._serialized_end=3141
+  _globals['_DRAINSTARTED']._serialized_start=3143
+  _globals['_DRAINSTARTED']._serialized_end=3157
+  _globals['_CLUSTER']._serialized_start=3224
+  _globals['_CLUSTER']._serialized_end=3295
 # @@protoc_insertion_point(module_scope)

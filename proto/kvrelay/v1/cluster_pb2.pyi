@@ -162,7 +162,7 @@ class TokenRequest(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., cache_salt: _Optional[bytes] = ...) -> None: ...
 
 class Command(_message.Message):
-    __slots__ = ("attempt", "start_prefill", "reserve_decode", "release_kv", "send_kv_snapshot", "send_prefix", "stop_pull")
+    __slots__ = ("attempt", "start_prefill", "reserve_decode", "release_kv", "send_kv_snapshot", "send_prefix", "stop_pull", "start_drain")
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     START_PREFILL_FIELD_NUMBER: _ClassVar[int]
     RESERVE_DECODE_FIELD_NUMBER: _ClassVar[int]
@@ -170,6 +170,7 @@ class Command(_message.Message):
     SEND_KV_SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     SEND_PREFIX_FIELD_NUMBER: _ClassVar[int]
     STOP_PULL_FIELD_NUMBER: _ClassVar[int]
+    START_DRAIN_FIELD_NUMBER: _ClassVar[int]
     attempt: int
     start_prefill: StartPrefill
     reserve_decode: ReserveDecode
@@ -177,7 +178,8 @@ class Command(_message.Message):
     send_kv_snapshot: SendKVSnapshot
     send_prefix: SendPrefix
     stop_pull: StopPull
-    def __init__(self, attempt: _Optional[int] = ..., start_prefill: _Optional[_Union[StartPrefill, _Mapping]] = ..., reserve_decode: _Optional[_Union[ReserveDecode, _Mapping]] = ..., release_kv: _Optional[_Union[ReleaseKV, _Mapping]] = ..., send_kv_snapshot: _Optional[_Union[SendKVSnapshot, _Mapping]] = ..., send_prefix: _Optional[_Union[SendPrefix, _Mapping]] = ..., stop_pull: _Optional[_Union[StopPull, _Mapping]] = ...) -> None: ...
+    start_drain: StartDrain
+    def __init__(self, attempt: _Optional[int] = ..., start_prefill: _Optional[_Union[StartPrefill, _Mapping]] = ..., reserve_decode: _Optional[_Union[ReserveDecode, _Mapping]] = ..., release_kv: _Optional[_Union[ReleaseKV, _Mapping]] = ..., send_kv_snapshot: _Optional[_Union[SendKVSnapshot, _Mapping]] = ..., send_prefix: _Optional[_Union[SendPrefix, _Mapping]] = ..., stop_pull: _Optional[_Union[StopPull, _Mapping]] = ..., start_drain: _Optional[_Union[StartDrain, _Mapping]] = ...) -> None: ...
 
 class StartPrefill(_message.Message):
     __slots__ = ("request", "decode_address", "pull_attempt", "num_pull_tokens")
@@ -216,6 +218,10 @@ class StopPull(_message.Message):
     def __init__(self) -> None: ...
 
 class SendKVSnapshot(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StartDrain(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 

@@ -70,6 +70,11 @@ class RouterStub:
                 request_serializer=kvrelay_dot_v1_dot_router__pb2.GetTokenizerRequest.SerializeToString,
                 response_deserializer=kvrelay_dot_v1_dot_common__pb2.TokenizerChunk.FromString,
                 _registered_method=True)
+        self.DrainNode = channel.unary_unary(
+                '/kvrelay.v1.Router/DrainNode',
+                request_serializer=kvrelay_dot_v1_dot_router__pb2.DrainNodeRequest.SerializeToString,
+                response_deserializer=kvrelay_dot_v1_dot_router__pb2.DrainNodeResponse.FromString,
+                _registered_method=True)
 
 
 class RouterServicer:
@@ -121,6 +126,13 @@ class RouterServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DrainNode(self, request, context):
+        """Have a node finish what it holds, take nothing new and end, as SIGTERM does. Answered when it has been told.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RouterServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -158,6 +170,11 @@ def add_RouterServicer_to_server(servicer, server):
                     servicer.GetTokenizer,
                     request_deserializer=kvrelay_dot_v1_dot_router__pb2.GetTokenizerRequest.FromString,
                     response_serializer=kvrelay_dot_v1_dot_common__pb2.TokenizerChunk.SerializeToString,
+            ),
+            'DrainNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainNode,
+                    request_deserializer=kvrelay_dot_v1_dot_router__pb2.DrainNodeRequest.FromString,
+                    response_serializer=kvrelay_dot_v1_dot_router__pb2.DrainNodeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -349,6 +366,33 @@ class Router:
             '/kvrelay.v1.Router/GetTokenizer',
             kvrelay_dot_v1_dot_router__pb2.GetTokenizerRequest.SerializeToString,
             kvrelay_dot_v1_dot_common__pb2.TokenizerChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvrelay.v1.Router/DrainNode',
+            kvrelay_dot_v1_dot_router__pb2.DrainNodeRequest.SerializeToString,
+            kvrelay_dot_v1_dot_router__pb2.DrainNodeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -24,6 +24,7 @@ from kvrelay.core.node_messages import (
     Reserved,
     ReserveDecode,
     Role,
+    StartDrain,
     StartPrefill,
 )
 from kvrelay.core.request import TokenRequest
@@ -158,6 +159,36 @@ async def test_a_draining_node_waits_for_what_it_holds(workshop: Workshop, launc
     node.send(ReleaseKV(AttemptId(1)))
     assert await started.exit_status() == 0
     assert node.terminals(1) == [KVReleased(AttemptId(1))]
+
+
+async def test_a_node_that_a_router_tells_to_leave_drains_as_on_sigterm(
+    workshop: Workshop, launcher: Launcher
+) -> None:
+    router = await workshop.router()
+    started = await launcher.start(router.address)
+    node = router.nodes[await started.node_id(router)]
+    node.send(ReserveDecode(AttemptId(1), REQUEST))
+    await router.until(lambda: node.has(Reserved, 1))
+    node.send(StartDrain())
+    await router.until(lambda: node.has(DrainStarted))
+    node.send(StartDrain())  # said twice, as by two routers, it is no second signal
+    node.send(ReleaseKV(AttemptId(1)))
+    assert await started.exit_status() == 0
+    assert node.terminals(1) == [KVReleased(AttemptId(1))]
+
+
+async def test_a_signal_to_a_node_that_a_router_told_to_leave_ends_it_at_once(
+    workshop: Workshop, launcher: Launcher
+) -> None:
+    router = await workshop.router()
+    started = await launcher.start(router.address)
+    node = router.nodes[await started.node_id(router)]
+    node.send(ReserveDecode(AttemptId(1), REQUEST))
+    await router.until(lambda: node.has(Reserved, 1))
+    node.send(StartDrain())
+    await router.until(lambda: node.has(DrainStarted))
+    started.process.send_signal(signal.SIGTERM)
+    assert await started.exit_status() == 1
 
 
 async def test_a_second_signal_leaves_at_once(workshop: Workshop, launcher: Launcher) -> None:
