@@ -10,10 +10,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FUZZ_VENV := .venv-fuzz
 FUZZ_STAMP := $(FUZZ_VENV)/.installed
+DECODER_VENV := .venv-decoders
+DECODER_STAMP := $(DECODER_VENV)/.installed
 NODE_TESTS := tests/openai_proxy/node
 NODE_STAMP := $(NODE_TESTS)/node_modules/.installed
 
-.PHONY: help setup demo up test lint types imports proto proto-check unit simulate-faults test-node test-fuzz test-load \
+.PHONY: help setup demo up test lint types imports proto proto-check unit simulate-faults test-node test-fuzz fuzz-decoders test-load \
 	test-hosts test-gpu sanitize-gpu bench clean
 .DEFAULT_GOAL := help
 
@@ -77,6 +79,18 @@ $(FUZZ_STAMP): pyproject.toml Makefile
 	$(FUZZ_VENV)/bin/python -m pip install -q --group fuzz
 	@touch $(FUZZ_STAMP)
 
+SECONDS ?= 20
+
+fuzz-decoders: $(DECODER_STAMP) ## SECONDS of coverage-guided fuzzing for each decoder of what comes over a wire
+	@$(DECODER_VENV)/bin/python -m tests.fuzz_decoders.run --seconds $(SECONDS)
+
+# Of its own, like that of test-fuzz; a node's packages are not needed.
+$(DECODER_STAMP): pyproject.toml Makefile
+	@test -x $(DECODER_VENV)/bin/python || $(PYTHON) -m venv $(DECODER_VENV)
+	$(DECODER_VENV)/bin/python -m pip install -q --upgrade 'pip>=25.1'
+	$(DECODER_VENV)/bin/python -m pip install -q -e . --group fuzz-decoders
+	@touch $(DECODER_STAMP)
+
 test-node: $(STAMP) $(NODE_STAMP) ## The openai package for Node against a cluster (needs node >= 20 and npm)
 	$(BIN)/python -m tests.openai_proxy.node.run_against_cluster
 
@@ -110,4 +124,4 @@ sanitize-gpu: $(STAMP) ## compute-sanitizer's memory check on our kernels (needs
 	    $(BIN)/python -m pytest tests/gpu/test_decode_attention.py tests/gpu/test_cuda_kv_copies.py -k "not float32"
 
 clean: ## Remove .venv, .venv-* and caches (not the model in ~/.cache/kvrelay)
-	rm -rf $(VENV) $(FUZZ_VENV) .venv-load $(NODE_TESTS)/node_modules build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .schemathesis .import_linter_cache
+	rm -rf $(VENV) $(FUZZ_VENV) $(DECODER_VENV) .venv-load $(NODE_TESTS)/node_modules build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .schemathesis .import_linter_cache

@@ -18,18 +18,19 @@ from kvrelay.v1 import router_pb2
 
 MAX_NODES: Final = 65_536
 MAX_MISMATCH_CHARS: Final = 4096
+_MAX_COUNTER: Final = 2**64 - 1
 _INDEX_FIELDS: Final = tuple(spec.name for spec in fields(IndexState))
 
 
 def encode_cluster_state(state: ClusterState) -> router_pb2.ClusterState:
-    """All of it."""
+    """All of it; counters that outgrow the wire stay at its most: nodes tell what is added to some."""
     return router_pb2.ClusterState(
         router_id=state.router_id,
         version=state.version,
         uptime_s=state.uptime_s,
         nodes=[_encode_node(node) for node in state.nodes],
         num_requests=dict(state.num_requests),
-        counters=dict(state.counters),
+        counters={name: min(number, _MAX_COUNTER) for name, number in state.counters.items()},
         mismatches=[text[:MAX_MISMATCH_CHARS] for text in state.mismatches],
         index=router_pb2.BlockIndexState(**{name: getattr(state.index, name) for name in _INDEX_FIELDS}),
         queues=[_encode_queue(queue) for queue in state.queues],

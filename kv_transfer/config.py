@@ -50,7 +50,8 @@ class KVTransferConfig:
     A new link over UCX is measured: one that gives less than `link_floor_gb_per_s` (negative: 50 between
     GPUs of one host, else 0) is warned about, and with `refuse_slow_links` refused.
 
-    `verify_checksums` asks for xxh3 over every message that is in host memory. `ucx_tls` overrides the
+    `verify_checksums` asks for xxh3 over every message that is in host memory, and refuses what comes without
+    it: so it must be the same on all nodes. `ucx_tls` overrides the
     list of UCX transports; empty: the environment's ``UCX_TLS``, or one that suits the machine.
 
     Raises:

@@ -60,8 +60,13 @@ class Scatters:
         self._copies.settle()
 
     def _wrong_checksum(self, message: ScatterMessage, offset: int) -> KVRelayError | None:
-        if message.checksum is None or not self._checks:
+        if not self._checks:
             return None
+        if message.checksum is None:
+            # Its slot may hold what another transfer has left there, and nothing that was written for this.
+            return TransferCorrupt(
+                f"{message.part} came without a checksum, which this node asks for (verify_checksums)"
+            )
         if checksum_of(self._staging, offset, message.num_bytes) == message.checksum:
             return None
         return TransferCorrupt(f"the checksum of {message.part} does not match")

@@ -102,7 +102,7 @@ class IncomingStream:
         self._num_filled = 0
         self._staging = memoryview(b"")
         self._may_write: Callable[[int, int], bool] = lambda _offset, _num_bytes: False
-        self._write_id = 0
+        self._write_id = self._offset = self._num_bytes = 0
         self._target: memoryview | None = None
         self._unsent = bytearray()
 
@@ -139,20 +139,28 @@ class IncomingStream:
                 if not self._fill():
                     return
                 self._begin_message()
-            elif not (num_received := self._receive_into(self._target)):
+                continue
+            # Asked again for each part: the peer may have given the slot back in the midst of its message,
+            # and another one may have it by now.
+            self._check_granted()
+            if not (num_received := self._receive_into(self._target)):
                 return
-            else:
-                budget -= num_received
-                self._target = self._target[num_received:]
+            budget -= num_received
+            self._target = self._target[num_received:]
             if self._target is not None and not self._target:
                 self._answer(self._write_id)
                 self._expect_header()
 
     def _begin_message(self) -> None:
-        self._write_id, offset, num_bytes = _HEADER.unpack(self._buffer)
-        if not self._may_write(offset, num_bytes):
-            raise TransferFailed(f"a write of {num_bytes} bytes at {offset} that was not granted")
-        self._target = self._staging[offset : offset + num_bytes]
+        self._write_id, self._offset, self._num_bytes = _HEADER.unpack(self._buffer)
+        self._check_granted()
+        self._target = self._staging[self._offset : self._offset + self._num_bytes]
+
+    def _check_granted(self) -> None:
+        if not self._may_write(self._offset, self._num_bytes):
+            raise TransferFailed(
+                f"a write of {self._num_bytes} bytes at {self._offset} that was not granted, or not any more"
+            )
 
     def _expect_header(self) -> None:
         self._target = None

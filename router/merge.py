@@ -71,7 +71,7 @@ def merge_batch(
         slow = range(len(batch.attempts))
     if slow:
         _merge_each(batch, slow, in_flight, merged, now_s)
-    elif batch.step > 0 and merged.num_delivered_tokens == len(batch.token_ids):
+    elif batch.step > 0 and 0 < len(batch.token_ids) == merged.num_delivered_tokens:
         merged.steady_run = _start_steady_run(batch, in_flight)
     merged.num_dropped_tokens = len(batch.token_ids) - merged.num_delivered_tokens
     return merged

@@ -38,13 +38,15 @@ MAY_FAIL_BY: Final = frozenset(
 
 
 class ClientRequest:
-    """`end` is how it ended: ``finished``, ``satisfied`` or an error's code; empty while it runs."""
+    """`end` is how it ended: ``finished``, ``satisfied`` or an error's code; empty while it runs. `failures`
+    are the codes of all its attempts that failed."""
 
     def __init__(
         self, client: SimClient, call: GenerateCall, answer: Sequence[int], reason: FinishReason
     ) -> None:
         self.name = call.request_id
         self.end = ""
+        self.failures: set[str] = set()
         self.began_s = client.process.world.now_s
         self.progress = RequestProgress(call, client.process.now_s())
         self.answer = answer
@@ -139,6 +141,7 @@ class ClientRequest:
     def _recover(self, failure: AttemptFailed) -> None:
         client, progress = self._client, self.progress
         now_s = self._process.now_s()
+        self.failures.add(failure.error.code)
         if failure.lost_router:
             client.rotation.mark_failed(self._router, now_s)
         may_switch = failure.lost_router and len(client.addresses) > 1

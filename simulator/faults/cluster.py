@@ -7,7 +7,7 @@ from random import Random
 
 from kvrelay.core.client_types import GenerateCall
 from kvrelay.core.ids import TransferId
-from kvrelay.core.node_messages import Command, ReserveDecode, StartPrefill
+from kvrelay.core.node_messages import Command, ReserveDecode, SendPrefix, StartPrefill
 from kvrelay.core.request import TokenRequest
 from kvrelay.core.sampling import SamplingParams
 from kvrelay.simulator.faults.client_process import SimClient
@@ -42,7 +42,7 @@ class Cluster:
         self.fabric.faults.write_s = scenario.kv_write_s
         self.fabric.faults.late_s = 0.9 * QUARANTINE_S
         self.routers = [
-            SimRouter(world, self.network, f"r{index}", scenario.router)
+            SimRouter(world, self.network, f"r{index}", scenario.router, pulls_eagerly=scenario.pulls_eagerly)
             for index in range(scenario.num_routers)
         ]
         self.nodes = [
@@ -129,7 +129,7 @@ class Cluster:
 
     def _note_command(self, node: SimNode, router_epoch: int, command: Command) -> None:
         """No transfer id may ever name two attempts."""
-        if not isinstance(command, StartPrefill | ReserveDecode):
+        if not isinstance(command, StartPrefill | ReserveDecode | SendPrefix):
             return
         key = (TransferId(router_epoch, command.attempt), type(command))
         earlier = self._started.setdefault(key, command)

@@ -177,7 +177,10 @@ class Invariants:
         scenario = self._cluster.scenario
         if scenario.num_faults == 0:
             for request in self._cluster.requests:
-                if request.end not in MAY_END_WITHOUT_FAULTS:
+                is_refused = (
+                    "OVERLOADED" in request.failures
+                )  # and has used up its retries, whatever came last
+                if request.end not in MAY_END_WITHOUT_FAULTS and not is_refused:
                     raise Violation(f"{request.name} ended by {request.end}, though nothing broke")
         for probe in self._cluster.probes:
             if probe.end != "finished":

@@ -105,7 +105,11 @@ class SimNode:
         engine = self.worker.engine
         self._engine_load = engine.load()
         self.core = CORES[self.role](
-            NodeCoreConfig(self.config.max_attempts_in_flight, engine.info.fingerprint.digest)
+            NodeCoreConfig(
+                self.config.max_attempts_in_flight,
+                engine.info.fingerprint.digest,
+                self.config.pull_timeout_s,
+            )
         )
         self.transfers = SimTransfers(
             process,

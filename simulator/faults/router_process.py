@@ -15,10 +15,13 @@ from kvrelay.router.attachments import Attachment
 from kvrelay.router.core import RouterCore
 from kvrelay.router.kv_intake import KVIntake
 from kvrelay.router.metrics import RouterMetrics
+from kvrelay.router.placement import PlacementPolicy
 from kvrelay.router.policies import make_policy
+from kvrelay.router.prefix_source import IndexedPrefixes
 from kvrelay.router.server_config import RouterConfig
 from kvrelay.router.sessions import ClientSession
 from kvrelay.router.shell import OFTEN_TICK_S, RARE_TICK_S, RouterShell
+from kvrelay.simulator.faults.eager_pulls import EagerPulls
 from kvrelay.simulator.faults.network import End, Network
 from kvrelay.simulator.faults.process import Process
 from kvrelay.simulator.faults.world import World
@@ -38,8 +41,11 @@ class CancelById:
 class SimRouter:
     """Listens at `node_address` and `client_address`. Each life has another epoch."""
 
-    def __init__(self, world: World, network: Network, name: str, config: RouterConfig) -> None:
+    def __init__(
+        self, world: World, network: Network, name: str, config: RouterConfig, *, pulls_eagerly: bool
+    ) -> None:
         self.process = Process(world, name)
+        self._pulls_eagerly = pulls_eagerly
         self.node_address, self.client_address = f"{name}:1", f"{name}:2"
         self.config = config
         self.metrics = RouterMetrics()
@@ -60,8 +66,7 @@ class SimRouter:
         process.start()
         epoch = rng.randrange(1, 2**62)
         config, kv = self.config.core, KVIntake(self.config.core)
-        policy = make_policy(config.placement, kv.index)
-        self.core = RouterCore(config, epoch, policy, Random(rng.getrandbits(64)), kv)
+        self.core = RouterCore(config, epoch, self._make_policy(kv), Random(rng.getrandbits(64)), kv)
         self.shell = RouterShell(self.config, self.core, process, self.metrics)
         self._node_streams.clear()
         self._client_streams.clear()
@@ -70,6 +75,10 @@ class SimRouter:
         self._network.listen(self.client_address, process, self._on_client)
         self._world.say(process.name, f"starts, epoch {epoch:x}")
         self._tick()
+
+    def _make_policy(self, kv: KVIntake) -> PlacementPolicy:
+        policy = make_policy(self.config.core.placement, kv.index)
+        return EagerPulls(policy, IndexedPrefixes(kv.index)) if self._pulls_eagerly else policy
 
     def terminate(self) -> None:
         """SIGTERM: take nothing new, let requests finish for a while, then hand them back and leave."""

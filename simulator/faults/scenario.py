@@ -53,7 +53,8 @@ FAULT_KINDS: Final = (
 class Scenario:
     """`is_rolling_restart`: each server in turn is drained and started again, nothing else happens, and no
     request may fail of that. Else `fault_kinds` are drawn from at `num_faults` moments before `FAULTS_END_S`.
-    `kv_write_s` is what a message of KV takes at most, beyond the network's delay."""
+    `kv_write_s` is what a message of KV takes at most, beyond the network's delay. `pulls_eagerly`: routers
+    order a pull wherever a node holds more of a prompt than the one that is to compute it."""
 
     num_routers: int
     num_clients: int
@@ -69,6 +70,7 @@ class Scenario:
     num_faults: int
     is_bursty: bool
     is_rolling_restart: bool
+    pulls_eagerly: bool
     prompts: tuple[tuple[int, ...], ...] = field(repr=False, default=())
 
 
@@ -96,6 +98,7 @@ def draw_scenario(rng: Random) -> Scenario:
         num_faults=0 if is_rolling_restart else rng.choice((0, 4, 8, 16, 24)),
         is_bursty=rng.random() < 0.3,
         is_rolling_restart=is_rolling_restart,
+        pulls_eagerly=rng.random() < 0.35,
         prompts=tuple(_tokens(rng, rng.randint(8, 90)) for _ in range(4)),
     )
 
@@ -133,6 +136,7 @@ def _node(rng: Random, name: str, routers: tuple[str, ...], host_tier_share: flo
         max_attempts_in_flight=rng.choice((4, 16, 64)),
         drain_timeout_s=rng.choice((0.5, 3.0)),
         connect_timeout_s=2.0,
+        pull_timeout_s=rng.choice((0.05, 0.5, 5.0)),
         reconnect_initial_s=0.1,
         reconnect_max_s=1.0,
         max_pending_tokens=1024,

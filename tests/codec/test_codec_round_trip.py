@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvrelay.codec import client_api, cluster, sampling
+from kvrelay.core.cluster_view import ClusterState
 from kvrelay.core.errors import InvalidRequest
 from kvrelay.v1 import cluster_pb2, common_pb2, router_pb2
 
@@ -114,3 +115,9 @@ def test_an_unset_sampling_field_takes_the_default_and_zero_does_not():
     assert decoded.num_logprobs is None
     zero = sampling.decode_sampling(common_pb2.SamplingParams(num_logprobs=0, seed=0))
     assert (zero.num_logprobs, zero.seed) == (0, 0)
+
+
+def test_a_counter_that_outgrows_the_wire_stays_at_its_most():
+    """As where nodes have twice told of 2**64 - 1 bytes of KV."""
+    grown = ClusterState("r", "1", 0.0, (), {}, {"kv_bytes": 2 * (2**64 - 1), "tokens": 5})
+    assert client_api.encode_cluster_state(grown).counters == {"kv_bytes": 2**64 - 1, "tokens": 5}

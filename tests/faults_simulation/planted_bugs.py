@@ -1,4 +1,4 @@
-"""Bugs to plant, one of each kind, and each only once in a run: the simulation has to find them."""
+"""Bugs to plant, one of each kind: the simulation has to find them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 from kvrelay.core.ids import AttemptId
 from kvrelay.core.node_messages import ReleaseKV
+from kvrelay.engine.prefix_holds import PrefixHolds
 from kvrelay.engine.scheduler import Scheduler
 from kvrelay.kv_transfer.receiver import Receiver
 from kvrelay.kv_transfer.scatters import Scatters
@@ -126,6 +127,30 @@ def free_before_the_transfer_is_cancelled(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(NodeCore, "_end", planted)
 
 
+def keep_a_pin(patch: pytest.MonkeyPatch) -> None:
+    """A node that has sent a prefix never lets go of it."""
+    release, is_now = PrefixHolds.release, Once(3)
+
+    def planted(holds: PrefixHolds, key: Any) -> None:
+        if holds.held(key) is None or not is_now():
+            release(holds, key)
+
+    patch.setattr(PrefixHolds, "release", planted)
+
+
+def keep_pulled_blocks_under_wrong_tokens(patch: pytest.MonkeyPatch) -> None:
+    """A node enters what it has pulled into its prefix cache, each block as the one before it."""
+    keep = PrefixHolds.keep
+
+    def planted(holds: PrefixHolds, key: Any, num_tokens: int) -> int:
+        held = holds.held(key)
+        if held is not None and held.num_cached_blocks == 0:
+            held.hashes[:] = [*held.hashes[1:], *held.hashes[:1]]
+        return keep(holds, key, num_tokens)
+
+    patch.setattr(PrefixHolds, "keep", planted)
+
+
 PLANTS: tuple[Plant, ...] = (
     skip_a_release_command,
     skip_a_sequence_release,
@@ -135,4 +160,6 @@ PLANTS: tuple[Plant, ...] = (
     reuse_slots_without_quarantine,
     skip_checksums,
     free_before_the_transfer_is_cancelled,
+    keep_a_pin,
+    keep_pulled_blocks_under_wrong_tokens,
 )

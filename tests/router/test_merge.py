@@ -152,6 +152,13 @@ def test_a_decode_node_that_repeats_from_the_first_token_on_is_merged_too() -> N
     assert spans(merged) == {3: [10, 11, 12]}
 
 
+def test_an_empty_step_that_is_said_to_come_again_is_as_empty() -> None:
+    """It went by as a step of rows that all flowed, and a run of no rows has no next one."""
+    empty = TokenBatch()
+    again = say(Role.DECODE, attempt(), batch=empty.next_step(()))
+    assert (again.deliveries, again.faults, again.steady_run) == ({}, [], None)
+
+
 def test_early_tokens_are_bounded() -> None:
     found = attempt(max_early_tokens=2)
     assert say(Role.DECODE, found, batch=TokenBatch([3], [1], [2], [1, 2])).faults == []
