@@ -16,7 +16,7 @@ NODE_TESTS := tests/openai_proxy/node
 NODE_STAMP := $(NODE_TESTS)/node_modules/.installed
 
 .PHONY: help setup demo up test lint types imports proto proto-check unit simulate-faults test-node test-fuzz fuzz-decoders test-load \
-	test-hosts test-gpu sanitize-gpu bench clean
+	test-hosts test-gpu sanitize-gpu bench clean fault-matrix fault-matrix-check soak
 .DEFAULT_GOAL := help
 
 help: ## This text
@@ -68,6 +68,18 @@ FIRST_SEED ?= 0
 
 simulate-faults: $(STAMP) ## SEEDS runs of a whole cluster in which everything breaks; SEEDS=1 FIRST_SEED=N plays seed N again
 	@$(BIN)/python -m kvrelay.simulator.faults --seeds $(SEEDS) --first-seed $(FIRST_SEED)
+
+fault-matrix: $(STAMP) ## Every state of a request x every fault, on real processes; writes docs/fault-matrix.md
+	$(BIN)/python -m tests.fault_matrix.run --out docs/fault-matrix.md
+
+fault-matrix-check: $(STAMP) ## The same cells are green as in docs/fault-matrix.md
+	$(BIN)/python -m tests.fault_matrix.run --check docs/fault-matrix.md
+
+MINUTES ?= 30
+SOAK_FLAGS ?=
+
+soak: $(STAMP) ## MINUTES of load on real processes while they are killed, stopped, cut off; SOAK_FLAGS="--seed N"
+	$(BIN)/python -m tests.soak.run --minutes $(MINUTES) $(SOAK_FLAGS)
 
 test-fuzz: $(STAMP) $(FUZZ_STAMP) ## Ask a cluster what its OpenAPI document allows and forbids: no answer may be a 5xx
 	$(BIN)/python -m tests.openai_proxy.fuzz.run $(FUZZ_VENV)/bin/schemathesis

@@ -18,6 +18,9 @@ class ClientConfig:
     request may be taken up again after its first token. A pause before retry n is
     ``backoff_base_s * 2**n``, at most `backoff_max_s`, drawn between its half and its whole, and never
     shorter than a router's own `retry_after_s`.
+    A router from which nothing comes for `keepalive_time_s` while a call is open is asked whether it lives,
+    and given up when it has not said so within `keepalive_timeout_s`; routers won't be asked more often than
+    every 5 s.
     `max_buffered_tokens` bounds what waits for a slow reader of one request; beyond it that request fails.
     Texts that take more than about a millisecond are tokenized on at most `max_tokenizing_threads` threads;
     each of at most `max_tokenizers` tokenizers remembers texts in `tokenized_text_max_bytes` (0: none).
@@ -40,8 +43,8 @@ class ClientConfig:
     max_tokenizers: int = 8
     max_tokenizing_threads: int = 4
     tokenized_text_max_bytes: int = 32 << 20
-    keepalive_time_s: float = 20.0
-    keepalive_timeout_s: float = 10.0
+    keepalive_time_s: float = 6.0
+    keepalive_timeout_s: float = 5.0
     cache_dir: Path | None = None
 
     def __post_init__(self) -> None:

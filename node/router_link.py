@@ -28,6 +28,7 @@ CHANNEL_OPTIONS: Final = (
     ("grpc.max_send_message_length", 64 << 20),
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
     # Every attempt dials anew: a channel shared with one that just failed would answer from its backoff.
     ("grpc.use_local_subchannel_pool", 1),
 )

@@ -104,10 +104,11 @@ class Cluster:
 
     async def wait_idle(self) -> ClusterState:
         """Wait until nothing is held anywhere; fails naming what is."""
-        return await self.wait_for_state("every node holds nothing", _is_idle)
+        return await self.wait_for_state("every node holds nothing", is_idle)
 
 
-def _is_idle(state: ClusterState) -> bool:
+def is_idle(state: ClusterState) -> bool:
+    """Whether that router's books are empty and its nodes hold nothing."""
     if any(state.num_requests.values()):
         return False
     for node in state.nodes:

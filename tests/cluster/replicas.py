@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from tests.cluster.conftest import ServiceProcess
+from tests.cluster.conftest import CLI, REPOSITORY, ServiceProcess
 
 _INHERITED_FD: Final = 3
 _EXIT_TIMEOUT_S: Final = 120.0
@@ -29,18 +29,20 @@ class Replica:
     folder: Path
     listening: socket.socket | None = None
     process: ServiceProcess | None = None
+    module: str = CLI
 
     def start(self) -> None:
         """Returns once it says that it is ready."""
         ready_file, log_file = self.folder / f"{self.name}.ready.json", self.folder / f"{self.name}.log"
         ready_file.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "kvrelay.cli", *self.arguments, "--ready-file", str(ready_file)]
+        command = [sys.executable, "-m", self.module, *self.arguments, "--ready-file", str(ready_file)]
         with log_file.open("ab") as log:
             popen = subprocess.Popen(
                 _inheriting(command) if self.listening else command,
                 stdin=self.listening,  # the shell moves it to where it belongs
                 stdout=log,
                 stderr=log,
+                cwd=REPOSITORY,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
         self.process = ServiceProcess(self.name, popen, ready_file, log_file)

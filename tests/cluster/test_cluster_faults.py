@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 
 import pytest
 
@@ -125,6 +126,33 @@ async def test_a_stream_survives_the_death_of_its_router(starter, node_args, exp
     (cluster.router,) = routers.values()
     assert tuple(tokens) == expected
     assert result.num_continuations == 1
+    await cluster.wait_idle()
+
+
+async def test_a_stream_goes_on_within_its_deadline_though_its_router_stands_still(
+    starter, node_args, expected
+) -> None:
+    """A stopped process keeps its connections: it is missed only because it does not answer."""
+    cluster = starter.start(1, 1, node_args)
+    second = starter.spawn_router(cluster.folder, ["--port", "0"], name="router2")
+    for role, name in [("prefill", "p9"), ("decode", "d9")]:
+        starter.add_node(cluster, role, name, [*node_args, "--router", str(second.ready["grpc_address"])])
+    for name in ["p9", "d9"]:
+        await asyncio.to_thread(cluster.nodes[name].wait_ready)
+    routers = {str(router.ready["grpc_address"]): router for router in (cluster.router, second)}
+    tokens: list[int] = []
+    stopped = None
+    async with AsyncClient(list(routers)) as client:
+        stream = client.generate(PROMPT, sampling=SAMPLED, timeout_s=45.0)
+        async for chunk in stream:
+            tokens.extend(chunk.token_ids)
+            if len(tokens) >= 20 and stopped is None:
+                (stopped,) = [routers[address] for address in routers if await _num_live_requests(address)]
+                stopped.popen.send_signal(signal.SIGSTOP)
+    assert stopped is not None
+    stopped.popen.send_signal(signal.SIGCONT)
+    assert tuple(tokens) == expected
+    assert stream.result.num_continuations == 1
     await cluster.wait_idle()
 
 
