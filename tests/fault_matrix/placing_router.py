@@ -12,7 +12,7 @@ from random import Random
 from typing import Any
 
 from kvrelay.cli.main import main
-from kvrelay.core.ids import NodeId
+from kvrelay.core.ids import AttemptId, NodeId
 from kvrelay.core.node_messages import Role
 from kvrelay.router import policies, server
 from kvrelay.router.block_index import BlockIndex
@@ -40,16 +40,28 @@ class PlacesWhereTold:
 
     def pick(self, waiting: WaitingRequests, cluster: ClusterView, now_s: float, rng: Random) -> Pick | None:
         for request in waiting:
-            parts = request.request_id.split(".")
-            if len(parts) == 4 and (decision := self._told.choose(request, cluster, now_s, rng)) is not None:
-                return Pick(request, _as_told(decision, parts, request, cluster, now_s))
+            if (
+                _is_told(request)
+                and (decision := self._told.choose(request, cluster, now_s, rng)) is not None
+            ):
+                return Pick(request, _as_told(decision, request, cluster, now_s))
         return self._policy.pick(waiting, cluster, now_s, rng)
 
+    def note_placed(
+        self, attempt_id: AttemptId, request: PlacementRequest, decision: Decision, now_s: float
+    ) -> None:
+        """What was told is to the policy as if another router had sent it: it did not plan it, and hears of
+        it by what the nodes report of their load."""
+        if not _is_told(request):
+            self._policy.note_placed(attempt_id, request, decision, now_s)
 
-def _as_told(
-    decision: Decision, parts: list[str], request: PlacementRequest, cluster: ClusterView, now_s: float
-) -> Decision:
-    _, prefill, holder, num_tokens = parts
+
+def _is_told(request: PlacementRequest) -> bool:
+    return request.request_id.count(".") == 3
+
+
+def _as_told(decision: Decision, request: PlacementRequest, cluster: ClusterView, now_s: float) -> Decision:
+    _, prefill, holder, num_tokens = request.request_id.split(".")
     nodes = {node.description.node_id: node for node in cluster.nodes_of(request.model, Role.PREFILL)}
     node = nodes.get(NodeId(prefill))
     if node is None or node.objection(request, now_s) or prefill in request.avoided:
